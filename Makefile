@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make serve` and `make test`.
+
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+
+.PHONY: serve test test-slow lint bench clean
+
+serve: .venv/.installed
+	$(BIN)/python -m serving up --port $(PORT)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/.dev-installed
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.dev-installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.dev-installed
+	$(BIN)/python benchmarks/engine.py
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[cpu]"
+	touch $@
+
+.venv/.dev-installed: .venv/.installed
+	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
