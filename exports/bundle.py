@@ -1,0 +1,271 @@
+"""A bundle on disk: written atomically, and never believed before every byte is verified.
+
+Writing goes to a hidden folder beside the target, is flushed to the disk, and appears under its
+name by one rename. So a folder under a version's name is complete, whenever the writer was killed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from exports.errors import BundleError
+from exports.manifest import MANIFEST_FILE, FileEntry, Manifest
+from exports.text import Tokenizer
+
+_log = logging.getLogger(__name__)
+_STAGE_PREFIX = ".stage-"
+# A stage this young may belong to a writer that has not locked it yet.
+_STAGE_GRACE_S = 60.0
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+
+
+def write_bundle(target: Path, manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """Writes a bundle to the folder `target`, all or nothing, and returns its full manifest.
+
+    Args:
+        target: The folder to make; its parents are made too.
+        manifest: The manifest, `files` still empty.
+        files: The content of every file of the bundle by its relative posix path.
+
+    Raises:
+        BundleError: `target` exists, a file that the manifest names is not given, or the disk
+            refuses (full, read-only). Nothing is left under `target` then.
+    """
+    manifest = with_files(manifest, files)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with staged(target.parent, files) as stage:
+            publish_stage(stage, manifest, target)
+    except FileExistsError as error:
+        raise BundleError(f"{target} exists already; a bundle is never overwritten") from error
+    except OSError as error:
+        raise BundleError(
+            f"cannot write {target}: {error.strerror}; nothing was changed"
+        ) from error
+    return manifest
+
+
+def with_files(manifest: Manifest, files: Mapping[str, bytes]) -> Manifest:
+    """Returns `manifest` with the hash and size of `files`.
+
+    Raises:
+        BundleError: A file that the manifest names is missing, or a file's name is not allowed.
+    """
+    entries = {
+        name: FileEntry(sha256=hashlib.sha256(body).hexdigest(), size=len(body))
+        for name, body in sorted(files.items())
+    }
+    full = Manifest.from_json(manifest.model_copy(update={"files": entries}).to_json())
+    _check_required(full)
+    return full
+
+
+@contextmanager
+def staged(parent: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+    """Yields a hidden folder in `parent` with `files` flushed to the disk; removes it afterwards.
+
+    `publish_stage` moves it to its place before. What killed writers left behind goes too.
+    """
+    _sweep(parent)
+    stage = Path(tempfile.mkdtemp(prefix=_STAGE_PREFIX, dir=parent))
+    lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process: marks the stage as being written
+        stage.chmod(0o755)  # mkdtemp keeps others out; a server runs as another user
+        for name, body in files.items():
+            path = stage / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, body)
+        for folder in {path.parent for path in (stage / name for name in files)}:
+            sync_folder(folder)
+        yield stage
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish_stage(stage: Path, manifest: Manifest, target: Path) -> None:
+    """Writes the manifest into `stage` and renames it to `target`.
+
+    Raises:
+        FileExistsError: `target` is taken. Of two writers at once exactly one gets it.
+        OSError: The disk refuses; `target` is not there.
+    """
+    if target.is_symlink() or target.exists():
+        raise FileExistsError(errno.EEXIST, "exists already", str(target))
+    write_durably(stage / MANIFEST_FILE, manifest.to_json())
+    sync_folder(stage)
+    try:
+        stage.rename(target)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            raise FileExistsError(errno.EEXIST, "exists already", str(target)) from error
+        raise
+    settle_folder(target.parent)
+
+
+def write_durably(path: Path, body: bytes) -> None:
+    """Writes a file and waits until the disk has it."""
+    with path.open("wb") as file:
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the disk has the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def settle_folder(path: Path) -> None:
+    """Waits until the disk has a rename in `path`, which everyone sees already.
+
+    There is no way back from it, so a disk that does not confirm it is worth a warning, no more:
+    after a power cut either the old name or the new one is there, and both are complete.
+    """
+    try:
+        sync_folder(path)
+    except OSError as error:
+        _log.warning("%s is changed, but the disk did not confirm it: %s", path, error.strerror)
+
+
+class Bundle:
+    """A verified bundle, its files in memory: what was hashed is what is read.
+
+    Attributes:
+        path: The folder that it was read from.
+        manifest: Its manifest.
+        digest: The sha256 of manifest.json, which pins every other file.
+    """
+
+    def __init__(self, path: Path, manifest_json: bytes, files: dict[str, bytes]) -> None:
+        """Use `Bundle.open`."""
+        self.path = path
+        self.manifest = Manifest.from_json(manifest_json)
+        self.digest = hashlib.sha256(manifest_json).hexdigest()
+        self._files = files
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Bundle":
+        """Reads and verifies the bundle in the folder `path`.
+
+        Raises:
+            BundleError: No manifest, or a file that is missing, extra, a symbolic link, of another
+                size or of another sha256. The message names the file.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise BundleError(f"{path} is not a folder, so no bundle")
+        try:
+            return cls._open(path)
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from error
+        except OSError as error:
+            raise BundleError(f"{error.filename or path}: {error.strerror}") from error
+
+    @classmethod
+    def _open(cls, path: Path) -> "Bundle":
+        found = _regular_files(path)
+        if MANIFEST_FILE not in found:
+            raise BundleError(f"no {MANIFEST_FILE}: not a bundle, or a half-written one")
+        manifest_json = _read(path / MANIFEST_FILE)
+        manifest = Manifest.from_json(manifest_json)
+        _check_required(manifest)
+        for name in sorted(found - manifest.files.keys() - {MANIFEST_FILE}):
+            raise BundleError(f"{name} is there, but {MANIFEST_FILE} does not list it")
+        files = {}
+        for name, entry in manifest.files.items():
+            if name not in found:
+                raise BundleError(f"{name} is missing, but {MANIFEST_FILE} lists it")
+            files[name] = _verified(name, _read(path / name), entry)
+        return cls(path, manifest_json, files)
+
+    def read(self, name: str) -> bytes:
+        """Returns the verified bytes of a file.
+
+        Raises:
+            BundleError: The bundle has no such file.
+        """
+        if name not in self._files:
+            raise BundleError(f"{self.path} has no {name}; it has {', '.join(sorted(self._files))}")
+        return self._files[name]
+
+    def files(self) -> dict[str, bytes]:
+        """Returns the verified bytes of every file but the manifest, by name."""
+        return dict(self._files)
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer.
+
+        Raises:
+            BundleError: The tokenizer does not fit the manifest.
+        """
+        return Tokenizer(self.read(self.manifest.tokenizer_file), self.manifest.text)
+
+
+def _check_required(manifest: Manifest) -> None:
+    for name in manifest.required_files():
+        if name not in manifest.files:
+            raise BundleError(f"the manifest speaks of {name}, but it is not among the files")
+
+
+def _regular_files(path: Path) -> set[str]:
+    """Returns the relative posix path of every file below; refuses all but files and folders."""
+    found = set()
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            entry = Path(folder, name)
+            relative = entry.relative_to(path).as_posix()
+            mode = entry.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise BundleError(f"{relative} is a symbolic link; a bundle holds plain files only")
+            if stat.S_ISREG(mode):
+                found.add(relative)
+            elif not stat.S_ISDIR(mode):
+                raise BundleError(f"{relative} is neither a file nor a folder")
+    return found
+
+
+def _read(path: Path) -> bytes:
+    # O_NOFOLLOW: a link put in place after the look at the folder is refused all the same.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return file.read()
+
+
+def _verified(name: str, body: bytes, entry: FileEntry) -> bytes:
+    if len(body) != entry.size:
+        raise BundleError(f"{name} has {len(body)} bytes, but the manifest says {entry.size}")
+    digest = hashlib.sha256(body).hexdigest()
+    if digest != entry.sha256:
+        raise BundleError(
+            f"{name} has the sha256 {digest[:16]}..., but the manifest says {entry.sha256[:16]}...:"
+            " damaged or tampered with"
+        )
+    return body
+
+
+def _sweep(parent: Path) -> None:
+    """Removes the stages of writers that died; those of living ones are locked."""
+    for stage in parent.glob(f"{_STAGE_PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - stage.stat().st_mtime < _STAGE_GRACE_S:
+                continue
+            descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stage, ignore_errors=True)
+            finally:
+                os.close(descriptor)

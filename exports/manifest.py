@@ -1,0 +1,183 @@
+"""The manifest: what stands in a bundle, what its graphs are called and take, and who made it."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from exports.errors import BundleError
+from exports.images import ImageSpec
+from exports.text import TextSpec
+
+MANIFEST_FILE = "manifest.json"
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+VERSION_PATTERN = re.compile(r"[0-9][A-Za-z0-9._-]{0,63}")
+_PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
+_FILE_PATTERN = re.compile(rf"{_PART}(/{_PART})*")
+
+
+def check_name(name: str) -> str:
+    """Returns a model's name as it is, or raises ValueError."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is no model name: up to 64 of a-z 0-9 . _ -, a letter or digit first"
+        )
+    return name
+
+
+def check_version(version: str) -> str:
+    """Returns a version as it is, or raises ValueError. A digit comes first, so no alias fits."""
+    if not VERSION_PATTERN.fullmatch(version):
+        raise ValueError(
+            f"{version!r} is no version: up to 64 of A-Z a-z 0-9 . _ -, a digit first, as in 3"
+        )
+    return version
+
+
+def _check_file(name: str) -> str:
+    if not _FILE_PATTERN.fullmatch(name) or name == MANIFEST_FILE:
+        raise ValueError(f"{name!r} is no name for a file of a bundle")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_check_file)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EncoderSpec(_Strict):
+    """The encoder graph: uint8 images (B, H, W, 3) to the decoder's memory.
+
+    Each output is float32 (B, heads, N, head_dim); `outputs` names them in the graph's order.
+    """
+
+    file: FileName = "encoder.onnx"
+    input: str = "images"
+    outputs: tuple[str, ...] = Field(min_length=1)
+
+
+class DecoderSpec(_Strict):
+    """The decode-step graph, with its tensors by name.
+
+    `past` and `present` are float32 (R, heads, T, head_dim) in the same order: k.0 v.0 k.1 v.1 ...
+    """
+
+    file: FileName = "decoder.onnx"
+    layers: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    memory: tuple[str, ...] = Field(min_length=1)
+    past: tuple[str, ...]
+    present: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _two_caches_a_layer(self) -> "DecoderSpec":
+        for name, tensors in (("past", self.past), ("present", self.present)):
+            if len(tensors) != 2 * self.layers:
+                raise ValueError(
+                    f"{name} names {len(tensors)} tensors, but {self.layers} layers have "
+                    f"{2 * self.layers}: a key and a value each"
+                )
+        return self
+
+
+class Generation(_Strict):
+    """How captions are searched for: beam search, with transformers' names and meanings."""
+
+    num_beams: int = Field(default=4, ge=1)
+    num_captions: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=24, ge=1)
+    min_new_tokens: int = Field(default=1, ge=0)
+    length_penalty: float = Field(default=1.0, allow_inf_nan=False)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> "Generation":
+        if self.num_captions > self.num_beams:
+            raise ValueError(f"num_captions {self.num_captions} exceeds num_beams {self.num_beams}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
+            )
+        return self
+
+
+class Golden(_Strict):
+    """A picture of the bundle and the best caption that the bundle must give it by its defaults."""
+
+    image: FileName
+    token_ids: tuple[int, ...]
+    text: str
+    score: float
+
+
+class FileEntry(_Strict):
+    """The sha256 of a file, in lower-case hexadecimal, and its size in bytes."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size: int = Field(ge=0)
+
+
+class Manifest(_Strict):
+    """Everything that a reader of a bundle may rely on.
+
+    `files` lists every file of the bundle but the manifest itself; it is empty until the bundle is
+    written. `metrics` and `provenance` are free JSON: figures with their intervals, and the
+    resolved recipe, data, base weights and parity report.
+    """
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, AfterValidator(check_name)]
+    version: Annotated[str, AfterValidator(check_version)]
+    created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)$")
+    description: str
+    licence: str
+    image: ImageSpec
+    text: TextSpec
+    encoder: EncoderSpec
+    decoder: DecoderSpec
+    tokenizer_file: FileName = "tokenizer.json"
+    defaults: Generation = Generation()
+    golden: tuple[Golden, ...] = ()
+    metrics: dict[str, JsonValue] = {}
+    provenance: dict[str, JsonValue] = {}
+    files: dict[FileName, FileEntry] = {}
+
+    @model_validator(mode="after")
+    def _graphs_fit(self) -> "Manifest":
+        if set(self.encoder.outputs) != set(self.decoder.memory):
+            raise ValueError("encoder.outputs and decoder.memory name different tensors")
+        return self
+
+    def required_files(self) -> tuple[str, ...]:
+        """Returns the files that the manifest's own fields speak of, without repetition."""
+        named = (self.encoder.file, self.decoder.file, self.tokenizer_file)
+        return tuple(dict.fromkeys((*named, *(golden.image for golden in self.golden))))
+
+    def to_json(self) -> bytes:
+        """Returns the manifest as the bytes of manifest.json."""
+        return self.model_dump_json(indent=2).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, body: bytes) -> "Manifest":
+        """Reads manifest.json.
+
+        Raises:
+            BundleError: Not JSON, a missing, misspelt or wrong field; the message names the first.
+        """
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the whole file"
+            raise BundleError(f"{MANIFEST_FILE}: {where}: {first['msg']}") from error
