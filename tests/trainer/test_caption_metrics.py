@@ -1,0 +1,144 @@
+"""Metrics equal the public COCO scorers: hand-checked values, and random captions they scored."""
+
+import json
+import random
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer import variants
+from trainer.errors import DataError
+from trainer.metrics import bleu, cider, distinct, rouge
+from trainer.metrics._scores import Scores
+from trainer.metrics._words import words
+
+REFERENCES = [
+    ["a dog runs on the grass", "a brown dog is running in a field"],
+    ["a red bus parked on the street", "a bus on a city street"],
+    ["two people ride bikes near the sea", "people riding bicycles by the ocean"],
+]
+CANDIDATES = ["a dog runs on the grass", "a red bus on the street", "a man is eating pizza"]
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "caption_metrics.json"
+CORPORA: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["corpora"]
+
+
+def _close(actual: object, expected: object) -> bool:
+    return bool(np.allclose(np.asarray(actual), np.asarray(expected), rtol=0, atol=1e-6))
+
+
+def test_the_golden_corpus() -> None:
+    scored = bleu.score(REFERENCES, CANDIDATES)
+    assert _close(list(scored.corpus.values()), [0.665558, 0.669507, 0.613161, 0.534320])
+    scored = rouge.score(REFERENCES, CANDIDATES)
+    assert _close(scored.corpus["ROUGE-L"], 0.636816)
+    assert _close(scored.per_image[:, 0], [1.0, 0.910448, 0.0])
+    scored = cider.score(REFERENCES, CANDIDATES)
+    assert _close(scored.corpus["CIDEr-D"], 2.978819)
+    assert _close(scored.per_image[:, 0], [5.325110, 3.611346, 0.0])
+
+
+@pytest.mark.parametrize("corpus", CORPORA, ids=lambda corpus: f"{len(corpus['candidates'])}")
+def test_random_captions_score_as_the_public_scorers_say(corpus: dict[str, Any]) -> None:
+    pair = corpus["references"], corpus["candidates"]
+    scored = bleu.score(*pair)
+    assert _close(list(scored.corpus.values()), corpus["bleu"])
+    assert _close(scored.per_image, corpus["bleu_images"])
+    scored = cider.score(*pair)
+    assert _close(scored.corpus["CIDEr-D"], corpus["cider"])
+    assert _close(scored.per_image[:, 0], corpus["cider_images"])
+    scored = rouge.score(*pair)
+    assert _close(scored.corpus["ROUGE-L"], corpus["rouge"])
+    assert _close(scored.per_image[:, 0], corpus["rouge_images"])
+
+
+def test_bleu_clips_repeated_words() -> None:
+    scored = bleu.score([["the cat is on the mat"]], ["the the the the the the the"])
+    assert _close(scored.corpus["BLEU-1"], 2 / 7)
+
+
+def test_cider_of_an_exact_match_is_ten() -> None:
+    single = [group[:1] for group in REFERENCES]
+    assert _close(cider.score(single, [group[0] for group in single]).per_image[:, 0], 10.0)
+
+
+def test_cider_clips_repeats_and_penalises_length() -> None:
+    single = [group[:1] for group in REFERENCES]
+    repeated = cider.score(single, ["a " * 10, *CANDIDATES[1:]])
+    assert _close(repeated.per_image[0, 0], 0.040842)
+
+
+def test_cider_counts_length_in_bigrams() -> None:
+    """Between one word and none there is no difference in length: exp(0), not exp(-1/72)."""
+    scorer = cider.CiderD([["dog"], ["cat"]])
+    assert _close(scorer.score(0, "dog"), 10 / 4)
+    longer = scorer.score(0, "dog barks")  # one bigram more; cosine 1/sqrt(2) for equal idf
+    assert _close(longer, 10 / 4 * 0.986207 / np.sqrt(2))
+
+
+@pytest.mark.parametrize("references", [[["a dog"]], [["a dog"], ["a dog"]]])
+def test_cider_of_too_small_a_corpus_warns_and_is_nan(references: list[list[str]]) -> None:
+    with pytest.warns(cider.CorpusTooSmallWarning, match="Score more images"):
+        scored = cider.score(references, ["a dog"] * len(references))
+    assert np.isnan(scored.corpus["CIDEr-D"])
+    assert np.isnan(scored.per_image).all()
+
+
+def test_frozen_frequencies_make_scores_independent_of_the_corpus() -> None:
+    frequencies = cider.DocumentFrequencies.of(REFERENCES)
+    alone = cider.score(REFERENCES[:1], CANDIDATES[:1], frequencies=frequencies)
+    assert _close(alone.corpus["CIDEr-D"], 5.325110)
+    scorer = cider.CiderD(REFERENCES[1:], frequencies=frequencies)
+    assert _close(scorer.score(0, CANDIDATES[1]), 3.611346)
+
+
+def test_rouge_finds_the_longest_common_subsequence() -> None:
+    def slow(first: list[str], second: list[str]) -> int:
+        table = np.zeros((len(first) + 1, len(second) + 1), dtype=int)
+        for i, j in product(range(len(first)), range(len(second))):
+            longer = table[i, j] + 1 if first[i] == second[j] else 0
+            table[i + 1, j + 1] = max(longer, table[i, j + 1], table[i + 1, j])
+        return int(table[-1, -1])
+
+    generator = random.Random(5)
+    for _ in range(200):
+        first, second = (generator.choices("abcd", k=generator.randint(0, 80)) for _ in range(2))
+        assert rouge._longest_common(first, second) == slow(first, second)
+
+
+def test_distinct_counts_captions_not_spellings() -> None:
+    scored = distinct.score([["x"]] * 4, ["A dog.", "a dog", "a cat", "a cat and a dog"])
+    assert scored.corpus == {"distinct": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A man's T-shirt, 2 dogs .", "a man s t shirt 2 dogs"),
+        ("Cafe\u0301 \u00abBar\u00bb", "caf\u00e9 bar"),
+        (" ... ", ""),
+    ],
+)
+def test_words_are_lower_case_letters_and_digits(caption: str, expected: str) -> None:
+    assert " ".join(words(caption)) == expected
+
+
+@pytest.mark.parametrize("name", variants.names("metrics"))
+def test_every_metric_keeps_the_contract(name: str) -> None:
+    score = variants.load("metrics", name).score
+    scored: Scores = score(REFERENCES, CANDIDATES)
+    assert scored.per_image.shape == (3, len(scored.names))
+    assert list(scored.corpus) == list(scored.names)
+    order = [2, 0, 1]
+    shuffled = score([REFERENCES[i] for i in order], [CANDIDATES[i] for i in order])
+    assert _close(shuffled.per_image, scored.per_image[order])
+    assert _close(list(shuffled.corpus.values()), list(scored.corpus.values()))
+    silent = score(REFERENCES, ["", *CANDIDATES[1:]])
+    assert np.isfinite(silent.per_image).all()
+    with pytest.raises(DataError, match="2 candidate captions for 3 images"):
+        score(REFERENCES, CANDIDATES[:2])
+    with pytest.raises(DataError, match="image 1 has no reference"):
+        score([REFERENCES[0], [], REFERENCES[2]], CANDIDATES)

@@ -1,0 +1,81 @@
+"""Captioner = encoder + bridge + decoder, built from three tables of a recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exports.images import ImageSpec
+from exports.text import TextSpec
+from trainer import variants
+
+
+class Captioner(nn.Module):
+    """Images and token ids in, next-token logits out.
+
+    Args:
+        encoder: `[encoder]` table of a recipe.
+        bridge: `[bridge]` table.
+        decoder: `[decoder]` table.
+        image: what images look like; its size is the encoder's input.
+        text: vocabulary and special ids.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: dict[str, Any],
+        bridge: dict[str, Any],
+        decoder: dict[str, Any],
+        image: ImageSpec,
+        text: TextSpec,
+    ) -> None:
+        super().__init__()
+        self.image, self.text = image, text
+        module, config = variants.parse("encoders", encoder)
+        self.encoder = module.Encoder(config, (image.height, image.width))
+        module, config = variants.parse("decoders", decoder)
+        self.decoder = module.Decoder(
+            config, vocab_size=text.vocab_size, bos_id=text.bos_id, eos_id=text.eos_id
+        )
+        with torch.no_grad():
+            probe = self.encoder.eval()(torch.zeros(1, 3, image.height, image.width))[0]
+        module, config = variants.parse("bridges", bridge)
+        self.bridge = module.Bridge(
+            config,
+            encoder_width=self.encoder.width,
+            decoder_width=self.decoder.width,
+            tokens=probe.shape[1],
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Returns memory (B, N, D) for images (B, 3, H, W), uint8 or float in 0..255."""
+        return self.bridge(self.encoder(images)[0])
+
+    def forward(self, images: Tensor, token_ids: Tensor) -> Tensor:
+        """Returns logits (B * C, T, V).
+
+        Args:
+            images: (B, 3, H, W).
+            token_ids: (B * C, T), the C captions of one image together: each image is encoded once.
+        """
+        memory = self.encode(images)
+        captions = token_ids.shape[0] // images.shape[0]
+        return self.decoder(token_ids, memory.repeat_interleave(captions, dim=0))
+
+    def memory_cache(self, images: Tensor) -> list[Tensor]:
+        """Returns what the decoder's steps attend to: `[k0, v0, ...]`, each (B, H, N, D / H)."""
+        return self.decoder.memory_cache(self.encode(images))
+
+    def empty_cache(self, rows: int) -> list[Tensor]:
+        """Returns the self-attention cache before the first token: (R, H, 0, D / H) each."""
+        decoder = self.decoder
+        shape = (rows, decoder.heads, 0, decoder.head_dim)
+        return [torch.zeros(shape) for _ in range(2 * decoder.layers)]
+
+    def step(
+        self, token_ids: Tensor, position: Tensor, past: Sequence[Tensor], memory: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns logits (R, V) and the grown cache; see `trainer.decoders`."""
+        return self.decoder.step(token_ids, position, past, memory)

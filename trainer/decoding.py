@@ -1,0 +1,203 @@
+"""Beam search in plain steps: the reference that serving must equal token for token.
+
+The rules are those of `transformers`' `generate` with `early_stopping=False`:
+
+1. A step's candidates are the continuations of an image's live beams, scored by the sum of their
+   log-probabilities; a banned token's is -inf, and nothing is renormalised.
+2. The best 2K are looked at, by (sum descending, token id, row).
+3. Of the first K, those that end (`<eos>`, or any at the last allowed step) become finished
+   hypotheses with score = sum / n**length_penalty, where n counts generated tokens with `<eos>` and
+   without prefix; the K best finished are kept.
+4. The best K that do not end live on.
+5. An image is done when K are finished and none alive could beat the worst of them as scored now.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exports.manifest import Generation
+from trainer.captioner import Captioner
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A finished caption: prefix and generated ids with `<eos>`, its score and log-probability."""
+
+    token_ids: tuple[int, ...]
+    score: float
+    log_prob: float
+
+
+class StepModel(Protocol):
+    """A captioner, one decode step at a time, whatever runs it."""
+
+    bos_id: int
+    eos_id: int
+    vocab_size: int
+    max_length: int
+
+    def start(self, images: NDArray[np.uint8]) -> Any:
+        """Returns the state before the first token of images (B, H, W, 3), one row an image."""
+
+    def step(
+        self, state: Any, token_ids: Sequence[int], beam_index: Sequence[int], top_k: int
+    ) -> tuple[Any, NDArray[np.float32], NDArray[np.int64]]:
+        """Returns the next state and each row's best log-probabilities and ids, (R, top_k) each.
+
+        Row r continues row beam_index[r] of the step before with token_ids[r]; the R / B rows of an
+        image stand together.
+        """
+
+
+class TorchSteps:
+    """The PyTorch captioner as a StepModel."""
+
+    def __init__(self, captioner: Captioner) -> None:
+        self._captioner = captioner.eval()
+        self.bos_id, self.eos_id = captioner.text.bos_id, captioner.text.eos_id
+        self.vocab_size, self.max_length = captioner.text.vocab_size, captioner.text.max_length
+        self._device = next(captioner.parameters()).device
+
+    @torch.inference_mode()
+    def start(self, images: NDArray[np.uint8]) -> Any:
+        """See `StepModel`."""
+        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
+        memory = self._captioner.memory_cache(pixels)
+        past = [p.to(self._device) for p in self._captioner.empty_cache(len(images))]
+        return memory, past
+
+    @torch.inference_mode()
+    def step(
+        self, state: Any, token_ids: Sequence[int], beam_index: Sequence[int], top_k: int
+    ) -> tuple[Any, NDArray[np.float32], NDArray[np.int64]]:
+        """See `StepModel`."""
+        memory, past = state
+        rows = torch.tensor(beam_index, device=self._device)
+        past = [cache.index_select(0, rows) for cache in past]
+        position = torch.tensor(past[0].shape[2], device=self._device)
+        tokens = torch.tensor(token_ids, device=self._device)
+        logits, present = self._captioner.step(tokens, position, past, memory)
+        best = logits.float().log_softmax(-1).topk(min(top_k, self.vocab_size))
+        return (memory, present), best.values.cpu().numpy(), best.indices.cpu().numpy()
+
+
+@dataclass(slots=True)
+class _Image:
+    """One image's search: its live beams and what it has finished."""
+
+    beams: list[tuple[float, list[int], int]]  # sum, ids after <bos>, row among this image's rows
+    finished: list[Hypothesis] = field(default_factory=list)
+    done: bool = False
+
+
+def beam_search(
+    model: StepModel,
+    images: NDArray[np.uint8],
+    generation: Generation,
+    prefix: Sequence[int] = (),
+) -> list[list[Hypothesis]]:
+    """Returns the `num_captions` best hypotheses of every image, best first.
+
+    Args:
+        model: the captioner.
+        images: (B, H, W, 3).
+        generation: the parameters, the same for all images.
+        prefix: ids that every caption begins with; neither scored nor counted.
+    """
+    width = generation.num_beams
+    state = model.start(images)
+    searches = [_Image([(0.0, [], 0)]) for _ in images]
+    rows = 1
+    previous_rows = 1
+    for position in range(min(model.max_length - 1, len(prefix) + generation.max_new_tokens)):
+        tokens, beam_index = [], []
+        for index, search in enumerate(searches):
+            for beam in range(rows):  # rows that no beam needs repeat the first one
+                _, ids, row = search.beams[beam if beam < len(search.beams) else 0]
+                tokens.append(ids[-1] if ids else model.bos_id)
+                beam_index.append(index * previous_rows + row)
+        top_k = 2 * width + 2 + position
+        state, log_probs, ids_ = model.step(state, tokens, beam_index, top_k)
+        last = position + 1 == min(model.max_length - 1, len(prefix) + generation.max_new_tokens)
+        for index, search in enumerate(searches):
+            if search.done:
+                continue
+            if position < len(prefix):
+                search.beams = [(0.0, list(prefix[: position + 1]), 0)]
+                continue
+            block = slice(index * rows, (index + 1) * rows)
+            candidates = _candidates(
+                search, log_probs[block], ids_[block], generation, model, len(prefix)
+            )
+            _advance(search, candidates[: 2 * width], generation, model.eos_id, len(prefix), last)
+        if all(search.done for search in searches):
+            break
+        previous_rows, rows = rows, (width if position + 1 > len(prefix) else 1)
+    return [search.finished[: generation.num_captions] for search in searches]
+
+
+def _candidates(
+    search: _Image,
+    log_probs: NDArray[np.float32],
+    ids: NDArray[np.int64],
+    generation: Generation,
+    model: StepModel,
+    prefix: int,
+) -> list[tuple[float, int, int]]:
+    """Returns (sum, token, beam) of every allowed continuation, in the order of rule 2."""
+    candidates = []
+    for beam, (total, history, _) in enumerate(search.beams):
+        banned = _banned([model.bos_id, *history], generation.no_repeat_ngram_size)
+        if len(history) - prefix < generation.min_new_tokens:
+            banned.add(model.eos_id)
+        for log_prob, token in zip(log_probs[beam].tolist(), ids[beam].tolist(), strict=True):
+            if token not in banned:
+                candidates.append((total + log_prob, token, beam))
+    return sorted(candidates, key=lambda candidate: (-candidate[0], candidate[1], candidate[2]))
+
+
+def _banned(history: list[int], size: int) -> set[int]:
+    """Returns the tokens that would repeat an n-gram of `size` tokens."""
+    if size == 0 or len(history) + 1 < size:
+        return set()
+    tail = history[len(history) + 1 - size :]
+    return {
+        history[start + size - 1]
+        for start in range(len(history) - size + 1)
+        if history[start : start + size - 1] == tail
+    }
+
+
+def _advance(
+    search: _Image,
+    candidates: list[tuple[float, int, int]],
+    generation: Generation,
+    eos_id: int,
+    prefix: int,
+    last: bool,
+) -> None:
+    """Applies rules 3 to 5 to one image."""
+    width = generation.num_beams
+    length = len(search.beams[0][1]) + 1 - prefix if search.beams else 1
+    beams: list[tuple[float, list[int], int]] = []
+    for rank, (total, token, beam) in enumerate(candidates):
+        ids = [*search.beams[beam][1], token]
+        if token == eos_id or last:
+            if rank < width:
+                score = total / length**generation.length_penalty
+                search.finished.append(Hypothesis(tuple(ids), score, total))
+        elif len(beams) < width:
+            beams.append((total, ids, beam))
+    search.finished = sorted(search.finished, key=lambda one: -one.score)[:width]
+    search.beams = beams
+    if last or not beams:
+        search.done = True
+    elif len(search.finished) == width:
+        attainable = beams[0][0] / length**generation.length_penalty
+        search.done = search.finished[-1].score >= attainable
+    search.beams = search.beams or [(0.0, ids, 0)]

@@ -1,0 +1,28 @@
+"""The trainer's errors, each with a message that says what was found and what to do.
+
+TrainerError
+├── DataError        a data set cannot be read or used: the message names the file and line
+├── ConfigError      a recipe or an override is wrong: the message names the key
+├── CheckpointError  a checkpoint is missing, damaged or of another run
+└── ParityError      an exported graph does not behave as the model it came from
+"""
+
+
+class TrainerError(Exception):
+    """Base of every error that the trainer raises on purpose."""
+
+
+class DataError(TrainerError):
+    """A data set cannot be read or used."""
+
+
+class ConfigError(TrainerError):
+    """A recipe or an override is wrong."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint is missing, damaged or of another run."""
+
+
+class ParityError(TrainerError):
+    """An exported graph does not behave as the model it came from."""

@@ -1,0 +1,221 @@
+"""The one training loop: it knows an Objective, batches, and how to go on after a crash."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from trainer.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from trainer.config import Config
+from trainer.dataset import CaptionDataset, EpochSampler
+from trainer.errors import CheckpointError
+from trainer.objective import Objective
+from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
+from trainer.runlog import RunLog
+
+
+class Loop(Config):
+    """Keys of `[loop]`."""
+
+    epochs: int
+    batch_size: int = 32
+    accumulate: int = 1
+    """Batches whose gradients are averaged into one step."""
+    autocast: Literal["off", "bf16", "fp16"] = "off"
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    ema: float = 0.0
+    """Decay of the weights' moving average, which is what is evaluated and kept; 0 is off."""
+    workers: int = 1
+    """Processes that prepare batches; 0 prepares them in the loop."""
+    save_every: int = 500
+    """Steps between checkpoints, besides one after each epoch."""
+    evaluate_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    device: str = "auto"
+
+
+class TrainingLoop:
+    """Runs an objective over a data set.
+
+    All randomness of a step comes from the seed and its number, and all of an item from the seed,
+    the epoch and its index: a run that was killed goes on from its last checkpoint with the losses
+    it would have had, bit for bit on a CPU.
+
+    Args:
+        objective: the loss and its modules; moved to the device.
+        dataset: its items are asked for by (epoch, index).
+        config: `[loop]`; `optim`: `[optim]`.
+        seed: of order and dropout.
+        folder: of the run: `last.safetensors`, `log.jsonl`, `tensorboard/`.
+        evaluate: called after an epoch with the kept weights in place; what it returns is logged.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        dataset: CaptionDataset,
+        *,
+        config: Loop,
+        optim: Optim,
+        seed: int,
+        folder: Path,
+        evaluate: Callable[[int], dict[str, float]] | None = None,
+    ) -> None:
+        self._config, self._optim, self._seed, self._folder = config, optim, seed, folder
+        self.device = torch.device(
+            config.device
+            if config.device != "auto"
+            else ("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        self._objective = objective.to(self.device)
+        # Convolutions on a CPU run half as long in this layout.
+        self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._dataset, self._evaluate = dataset, evaluate
+        self._optimizer = build_optimizer(objective, optim)
+        self._average = MovingAverage(objective, config.ema) if config.ema else None
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "fp16")
+        batches = len(EpochSampler(len(dataset), config.batch_size, seed=seed, epoch=0))
+        self._epoch_steps = max(1, batches // config.accumulate)
+        self.total = config.epochs * self._epoch_steps
+        self.step = 0
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that the run goes on from."""
+        return self._folder / "last.safetensors"
+
+    def run(self) -> None:
+        """Trains to the end, resuming where a checkpoint is."""
+        if self.checkpoint.exists():
+            self._load()
+        with RunLog(self._folder, total=self.total, start=self.step) as log:
+            for epoch in range(self.step // self._epoch_steps, self._config.epochs):
+                self._objective.before_epoch(epoch)
+                self._epoch(epoch, log)
+                self._finish_epoch(epoch, log)
+
+    def _epoch(self, epoch: int, log: RunLog) -> None:
+        self._objective.train()
+        taken = self.step - epoch * self._epoch_steps
+        batches = iter(self._loader(epoch, start=taken * self._config.accumulate))
+        for _ in range(taken, self._epoch_steps):
+            losses = self._train_step([next(batches) for _ in range(self._config.accumulate)])
+            rate = learning_rate(self.step - 1, self.total, self._optim)
+            log.progress(self._config.batch_size * self._config.accumulate, losses["loss"])
+            log.scalars(self.step, {**losses, "lr": rate})
+            if self.step % self._config.save_every == 0:
+                self._save()
+
+    def _finish_epoch(self, epoch: int, log: RunLog) -> None:
+        last = epoch + 1 == self._config.epochs
+        if self._evaluate and (last or (epoch + 1) % self._config.evaluate_every == 0):
+            with self._kept_weights():
+                self._objective.eval()
+                figures = self._evaluate(epoch)
+            log.scalars(self.step, figures)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            log.say(f"epoch {epoch + 1}/{self._config.epochs}: {shown}")
+        self._save()
+
+    def _train_step(self, batches: list[dict[str, Any]]) -> dict[str, float]:
+        torch.manual_seed((self._seed << 32) + self.step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.total, self._optim) * group["scale"]
+        sums: dict[str, float] = {}
+        for batch in batches:
+            moved = {key: value.to(self.device) for key, value in batch.items()}
+            moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+            with self._autocast():
+                losses = self._objective(moved)
+            self._scaler.scale(losses["loss"] / len(batches)).backward()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
+        self._scaler.unscale_(self._optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self._objective.parameters(), self._config.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self._average:
+            self._average.update(self.step)
+        self._objective.after_step(self.step)
+        return {**sums, "gradient_norm": float(norm)}
+
+    def _loader(self, epoch: int, start: int) -> DataLoader[dict[str, Any]]:
+        config = self._config
+        return DataLoader(
+            self._dataset,
+            batch_sampler=EpochSampler(
+                len(self._dataset), config.batch_size, seed=self._seed, epoch=epoch, start=start
+            ),
+            collate_fn=self._dataset.collate,
+            num_workers=config.workers,
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._config.autocast == "off":
+            return nullcontext()
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self._config.autocast]
+        return torch.autocast(self.device.type, dtype)
+
+    def _kept_weights(self) -> AbstractContextManager[Any]:
+        """Puts the moving average in place of the weights for a while."""
+        return _Swapped(self._average) if self._average else nullcontext()
+
+    def _save(self) -> None:
+        tensors = {f"objective.{k}": v for k, v in self._objective.state_dict().items()}
+        packed = pack_optimizer(self._optimizer)
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in packed.items()}
+        if self._average:
+            tensors |= {f"average.{name}": v for name, v in self._average.shadow.items()}
+        # Tied weights (a decoder's embedding and head) are one storage, which safetensors refuses.
+        distinct = {name: tensor.clone() for name, tensor in tensors.items()}
+        state = {"step": self.step, "total": self.total, "scaler": self._scaler.state_dict()}
+        save_checkpoint(self.checkpoint, distinct, state)
+
+    def _load(self) -> None:
+        tensors, state = load_checkpoint(self.checkpoint)
+        if state["total"] != self.total:
+            raise CheckpointError(
+                f"{self.checkpoint}: belongs to a run of {state['total']} steps, this recipe makes "
+                f"{self.total}; remove the folder or choose another with --out"
+            )
+        self._objective.load_state_dict(_below(tensors, "objective."))
+        unpack_optimizer(self._optimizer, _below(tensors, "optimizer."))
+        if self._average:
+            self._average.load(_below(tensors, "average."))
+        self._scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+
+def kept_weights(path: Path, prefix: str) -> dict[str, Tensor]:
+    """Returns a checkpoint's weights below `prefix`: the moving average where there is one.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds nothing below the prefix.
+    """
+    tensors, _ = load_checkpoint(path)
+    weights = _below(tensors, f"objective.{prefix}") | _below(tensors, f"average.{prefix}")
+    if not weights:
+        raise CheckpointError(f"{path}: holds no weights called {prefix}*")
+    return weights
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class _Swapped:
+    def __init__(self, average: MovingAverage) -> None:
+        self._average = average
+
+    def __enter__(self) -> None:
+        self._average.swap()
+
+    def __exit__(self, *_: object) -> None:
+        self._average.swap()

@@ -1,0 +1,1 @@
+"""Losses on captioners. Every file defines `Config` and `Objective` (see `trainer.objective`)."""

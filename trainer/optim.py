@@ -1,0 +1,92 @@
+"""AdamW groups, the cosine schedule and the moving average of the weights."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trainer.config import Config
+
+
+class Optim(Config):
+    """Keys of `[optim]`."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: float = 0.05
+    """Share of all steps over which the rate rises from 0."""
+    final: float = 0.01
+    """Share of the rate that is left at the end of the cosine."""
+    scales: dict[str, float] = Field(default_factory=dict)
+    """Parameter prefix -> factor on `lr`, e.g. `{ "captioner.encoder" = 0.1 }`."""
+
+
+def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.AdamW:
+    """Returns AdamW over every parameter of `module`.
+
+    Vectors (norms, biases) and embeddings of positions are not decayed; the longest prefix in
+    `config.scales` that fits decides a parameter's rate. Parameters that are frozen now take part
+    too: without a gradient AdamW leaves them alone.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        prefixes = [prefix for prefix in config.scales if name.startswith(prefix)]
+        scale = config.scales[max(prefixes, key=len)] if prefixes else 1.0
+        decayed = parameter.ndim > 1 and "wpe" not in name and not name.endswith("position")
+        decay = config.weight_decay if decayed else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
+    rows = [
+        {"params": parameters, "lr": config.lr * scale, "weight_decay": decay, "scale": scale}
+        for (scale, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(rows, lr=config.lr, betas=config.betas)
+
+
+def learning_rate(step: int, total: int, config: Optim) -> float:
+    """Returns the rate of `step`, counted from 0: linear warm-up, then a cosine.
+
+    Loshchilov and Hutter, 2017, "SGDR", https://arxiv.org/abs/1608.03983.
+    """
+    warmup = config.warmup * total
+    if step < warmup:
+        return config.lr * min(1.0, (step + 1) / warmup)
+    share = (step - warmup) / max(1.0, total - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return config.lr * (config.final + (1 - config.final) * cosine)
+
+
+class MovingAverage:
+    """An exponential moving average of a module's parameters.
+
+    The decay rises as (1 + step) / (10 + step) to its final value, so that the random weights of
+    the start are forgotten.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._module, self._decay = module, decay
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the average towards the weights after optimiser step number `step`."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        averages = list(self.shadow.values())
+        weights = [p.detach() for _, p in self._module.named_parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges the module's weights with the average; twice is no change."""
+        for name, parameter in self._module.named_parameters():
+            average = self.shadow[name]
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+    def load(self, shadow: Mapping[str, Tensor]) -> None:
+        """Takes over a saved average."""
+        for name, average in self.shadow.items():
+            average.copy_(shadow[name])

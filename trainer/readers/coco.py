@@ -1,0 +1,109 @@
+"""Readers of JSON documents: COCO captions, Karpathy's splits, a list of records."""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from trainer.errors import DataError
+from trainer.readers.row import Row, captions_of, read_text, row_of
+
+
+class _CocoImage(BaseModel):
+    id: int | str
+    file_name: str
+    split: str | None = None
+    source: str = "human"
+
+
+class _CocoAnnotation(BaseModel):
+    image_id: int | str
+    caption: str
+
+
+class _Coco(BaseModel):
+    images: list[_CocoImage]
+    annotations: list[_CocoAnnotation]
+
+
+class _KarpathySentence(BaseModel):
+    raw: str
+
+
+class _KarpathyImage(BaseModel):
+    filename: str
+    filepath: str = ""
+    split: str
+    sentences: list[_KarpathySentence]
+
+
+class _Karpathy(BaseModel):
+    images: list[_KarpathyImage]
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _validate(model: type[_Model], document: object, path: Path, kind: str) -> _Model:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]
+        )
+        raise DataError(f"{path}: read as {kind}: {place.lstrip('.')}: {first['msg']}") from None
+
+
+def read_json(path: Path) -> tuple[str, list[Row]]:
+    """Returns the kind of a JSON document and its rows."""
+    try:
+        document = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    if isinstance(document, list):
+        return "JSON records", [
+            row_of(record, f"{path}: record {number}") for number, record in enumerate(document)
+        ]
+    if isinstance(document, dict) and isinstance(document.get("images"), list):
+        if "annotations" in document:
+            return "COCO", _read_coco(_validate(_Coco, document, path, "COCO captions"), path)
+        return "Karpathy", _read_karpathy(_validate(_Karpathy, document, path, "Karpathy"), path)
+    raise DataError(
+        f"{path}: neither COCO captions (images and annotations), Karpathy JSON (images with "
+        "sentences) nor a list of records"
+    )
+
+
+def _read_coco(coco: _Coco, path: Path) -> list[Row]:
+    captions: dict[int | str, list[str]] = {image.id: [] for image in coco.images}
+    for number, annotation in enumerate(coco.annotations):
+        if annotation.image_id not in captions:
+            raise DataError(
+                f"{path}: annotations[{number}]: no image has the id {annotation.image_id!r}"
+            )
+        captions[annotation.image_id].extend(captions_of(annotation.caption, str(path)))
+    return [
+        Row(
+            image=image.file_name,
+            captions=tuple(captions[image.id]),
+            split=image.split,
+            source=image.source,
+            where=f"{path}: images[{number}]",
+        )
+        for number, image in enumerate(coco.images)
+    ]
+
+
+def _read_karpathy(dataset: _Karpathy, path: Path) -> list[Row]:
+    return [
+        Row(
+            image=f"{image.filepath}/{image.filename}".lstrip("/"),
+            captions=tuple(item.raw for item in image.sentences if item.raw.strip()),
+            split=image.split,
+            source="human",
+            where=f"{path}: images[{number}]",
+        )
+        for number, image in enumerate(dataset.images)
+    ]

@@ -1,0 +1,217 @@
+"""`python -m trainer evaluate RECIPE`: figures with intervals, and a contact sheet.
+
+Takes a run's folder or a bundle, and captions a data set with the trainer's own beam search.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from tqdm import tqdm
+
+from exports.bundle import Bundle
+from exports.images import ImageSpec
+from exports.manifest import MANIFEST_FILE, Generation
+from exports.text import Tokenizer
+from trainer import variants
+from trainer.config import Config as BaseConfig
+from trainer.data import Example
+from trainer.decoding import Hypothesis, StepModel, TorchSteps, beam_search
+from trainer.intervals import Interval, bootstrap, paired_difference
+from trainer.metrics import cider
+from trainer.onnx_steps import OnnxSteps
+from trainer.photos import load_all
+from trainer.run import Run
+from trainer.sheet import SheetRow, write_sheet
+from trainer.stages.finetune import read_captioned
+
+
+class Config(BaseConfig):
+    """A recipe that evaluates a captioner."""
+
+    model: Path
+    """A run's folder or a bundle's."""
+    data: Path
+    images: Path | None = None
+    split: str | None = None
+    neighbours: Path | None = None
+    """Captioned images to compare with: each image then also gets the caption of its nearest
+    neighbour among them, the baseline that any captioner has to beat."""
+    generation: dict[str, Any] = Field(default_factory=dict)
+    """Changes to the model's own defaults."""
+    batch_size: int = 32
+    sheet_images: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A captioner ready to decode: from a run (PyTorch) or from a bundle (ONNX Runtime)."""
+
+    name: str
+    steps: StepModel
+    tokenizer: Tokenizer
+    image: ImageSpec
+    generation: Generation
+
+    @classmethod
+    def open(cls, path: Path) -> "Model":
+        """Returns the captioner of a bundle's or run's folder.
+
+        Raises:
+            CheckpointError: neither is there; BundleError: the bundle does not verify.
+        """
+        if (path / MANIFEST_FILE).exists():
+            bundle = Bundle.open(path)
+            manifest = bundle.manifest
+            steps = OnnxSteps(
+                bundle.read(manifest.encoder.file),
+                bundle.read(manifest.decoder.file),
+                manifest.encoder,
+                manifest.decoder,
+                manifest.text,
+            )
+            name = f"{manifest.name}@{manifest.version}"
+            return cls(name, steps, bundle.tokenizer(), manifest.image, manifest.defaults)
+        run = Run(path)
+        return cls(
+            path.name,
+            TorchSteps(run.captioner()),
+            run.tokenizer,
+            run.recipe.image,
+            run.recipe.generation,
+        )
+
+    def caption_all(
+        self, pixels: NDArray[np.uint8], generation: Generation, *, batch_size: int = 32
+    ) -> list[Hypothesis]:
+        """Returns the best hypothesis of every image of pixels (n, H, W, 3)."""
+        best = []
+        for start in tqdm(range(0, len(pixels), batch_size), desc="captioning", disable=None):
+            found = beam_search(self.steps, pixels[start : start + batch_size], generation)
+            best += [hypotheses[0] for hypotheses in found]
+        return best
+
+
+def run(config: Config, out_dir: Path) -> None:
+    """Prints the figures; writes `figures.json`, `captions.jsonl` and `sheet.html` to `out_dir`."""
+    model = Model.open(config.model)
+    examples = read_captioned(config.data, config.images, config.split)
+    pixels = load_all(examples, model.image)
+    generation = Generation.model_validate(model.generation.model_dump() | config.generation)
+    found = model.caption_all(pixels, generation, batch_size=config.batch_size)
+    captions = [model.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
+    references = [example.captions for example in examples]
+    figures = score_all(references, captions)
+    report = {"model": model.name, "images": len(examples), "figures": as_json(figures)}
+    print(f"\n{model.name} on {config.data.name}, {len(examples)} images, {_words(generation)}")
+    _print(figures)
+    if config.neighbours is not None:
+        others = read_captioned(config.neighbours, config.images, None)
+        copied = _nearest_captions(model, pixels, others)
+        baseline, gain = score_all(references, copied), _gain(references, captions, copied)
+        report |= {"neighbours": as_json(baseline), "gain": as_json(gain)}
+        print(f"\ncaption of the nearest of {len(others)} captioned images")
+        _print(baseline)
+        print("\ndifference")
+        _print(gain)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "figures.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _write_captions(out_dir / "captions.jsonl", examples, captions, found)
+    scores = cider.score(references, captions).per_image[:, 0].tolist()
+    rows = [
+        SheetRow(example.image, caption, example.captions, hypothesis.score, value)
+        for example, caption, hypothesis, value in zip(
+            examples, captions, found, scores, strict=True
+        )
+    ]
+    title = f"{model.name} on {config.data.name}"
+    write_sheet(out_dir / "sheet.html", rows, title, figures, limit=config.sheet_images)
+    print(f"\nwrote {out_dir}/figures.json, captions.jsonl and sheet.html")
+
+
+def score_all(references: Sequence[Sequence[str]], captions: Sequence[str]) -> dict[str, Interval]:
+    """Returns every metric's figures with bootstrap 95 % intervals."""
+    figures: dict[str, Interval] = {}
+    for name in variants.names("metrics"):
+        figures |= bootstrap(variants.load("metrics", name).score(references, captions))
+    return figures
+
+
+def as_json(figures: dict[str, Interval]) -> dict[str, Any]:
+    """Returns each figure as [value, low, high], rounded to 4 digits."""
+    return {k: [round(v.value, 4), round(v.low, 4), round(v.high, 4)] for k, v in figures.items()}
+
+
+def _gain(
+    references: Sequence[Sequence[str]], captions: Sequence[str], copied: Sequence[str]
+) -> dict[str, Interval]:
+    gain: dict[str, Interval] = {}
+    for name in ("cider", "bleu", "rouge"):
+        score = variants.load("metrics", name).score
+        gain |= paired_difference(score(references, captions), score(references, copied))
+    return gain
+
+
+def _nearest_captions(
+    model: Model, pixels: NDArray[np.uint8], others: Sequence[Example]
+) -> list[str]:
+    """Returns, for every image, the most typical caption of the most similar captioned image.
+
+    Similarity is the cosine of the model's own image features, typical is the caption with the
+    highest CIDEr-D against its image's other captions.
+    """
+    features = _features(model, pixels)
+    known = _features(model, load_all(others, model.image))
+    nearest = (features @ known.T).argmax(1)
+    frequencies = cider.DocumentFrequencies.of([other.captions for other in others])
+    return [_most_typical(others[index].captions, frequencies) for index in nearest]
+
+
+def _features(model: Model, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Returns unit vectors (n, D): the last layer's memory values, averaged over image tokens."""
+    blocks = []
+    for start in tqdm(range(0, len(pixels), 64), desc="encoding", disable=None):
+        memory, _ = model.steps.start(pixels[start : start + 64])
+        blocks.append(np.asarray(memory[-1]).mean(2).reshape(len(memory[-1]), -1))
+    features: NDArray[np.float32] = np.concatenate(blocks)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def _most_typical(captions: tuple[str, ...], frequencies: cider.DocumentFrequencies) -> str:
+    if len(captions) == 1:
+        return captions[0]
+    others = [[*captions[:i], *captions[i + 1 :]] for i in range(len(captions))]
+    scorer = cider.CiderD(others, frequencies=frequencies)
+    return max(captions, key=lambda caption: scorer.score(captions.index(caption), caption))
+
+
+def _write_captions(
+    path: Path,
+    examples: Sequence[Example],
+    captions: Sequence[str],
+    found: Sequence[Hypothesis],
+) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for example, caption, hypothesis in zip(examples, captions, found, strict=True):
+            row = {
+                "image": example.image.name,
+                "caption": caption,
+                "score": round(hypothesis.score, 5),
+                "token_ids": hypothesis.token_ids,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _words(generation: Generation) -> str:
+    changed = generation.model_dump()
+    return ", ".join(f"{name} {value}" for name, value in changed.items())
+
+
+def _print(figures: dict[str, Interval]) -> None:
+    for name, interval in figures.items():
+        print(f"  {name:10s} {interval}")

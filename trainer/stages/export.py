@@ -1,0 +1,211 @@
+"""`python -m trainer export RECIPE`: a run becomes a bundle, if the graphs behave as the model.
+
+A failed parity check ends the stage before anything is written, so nothing that differs from the
+model it came from can be published.
+"""
+
+import hashlib
+import io
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata, resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from exports.bundle import write_bundle
+from exports.images import preprocess
+from exports.manifest import Golden, Manifest
+from trainer.config import Config as BaseConfig
+from trainer.data import Example
+from trainer.decoding import StepModel, TorchSteps, beam_search
+from trainer.errors import ConfigError
+from trainer.graphs import export_decoder, export_encoder, round_weights
+from trainer.intervals import Interval
+from trainer.metrics import cider
+from trainer.onnx_steps import OnnxSteps
+from trainer.parity import Parity, compare
+from trainer.photos import load_all
+from trainer.run import Run
+from trainer.stages.evaluate import Model, as_json, score_all
+from trainer.stages.finetune import read_captioned
+
+_MARGIN = 5e-3  # a golden caption must win by this much, or other processors may not agree
+
+
+class Card(BaseConfig):
+    """Keys of `[card]`: what only a person can say about a model."""
+
+    description: str
+    data: str
+    licence: str
+    failures: str
+
+
+class Config(BaseConfig):
+    """A recipe that exports a run."""
+
+    run: Path
+    """The folder that `finetune` wrote."""
+    name: str
+    version: str = "1"
+    """Publishing may give another."""
+    data: Path
+    """Captioned images that were not trained on: parity is checked and figures are taken there."""
+    images: Path | None = None
+    split: str | None = None
+    parity_images: int = 200
+    golden: tuple[Path, ...] = ()
+    """Pictures that go into the bundle with the captions it must give; some are drawn if none are
+    named. They are published: name only what may be."""
+    card: Card
+
+
+def run(config: Config, out_dir: Path) -> None:
+    """Checks parity, takes the figures and writes the bundle to `out_dir`/bundle."""
+    source = Run(config.run)
+    captioner = round_weights(source.captioner())
+    print("exporting two graphs ...")
+    encoder, encoder_spec = export_encoder(captioner)
+    decoder, decoder_spec = export_decoder(captioner)
+    steps = OnnxSteps(encoder, decoder, encoder_spec, decoder_spec, source.text)
+    examples = read_captioned(config.data, config.images, config.split)
+    pixels = load_all(examples, source.recipe.image)
+    generation = source.recipe.generation
+    shown = pixels[: config.parity_images]
+    parity = compare(TorchSteps(captioner), steps, shown, generation).check()
+    print(f"parity: {parity}")
+    model = Model(config.name, steps, source.tokenizer, source.recipe.image, generation)
+    found = model.caption_all(pixels, generation)
+    captions = [source.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
+    references = [example.captions for example in examples]
+    figures = score_all(references, captions)
+    golden, pictures = _golden(config.golden, model)
+    files = {
+        encoder_spec.file: encoder,
+        decoder_spec.file: decoder,
+        "tokenizer.json": source.tokenizer_json,
+        "MODEL_CARD.md": _card(config, source, figures, parity, examples, captions).encode(),
+        **pictures,
+    }
+    manifest = Manifest(
+        name=config.name,
+        version=config.version,
+        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        description=config.card.description,
+        licence=config.card.licence,
+        image=source.recipe.image,
+        text=source.text,
+        encoder=encoder_spec,
+        decoder=decoder_spec,
+        defaults=generation,
+        golden=golden,
+        metrics={"data": config.data.name, "images": len(examples), "figures": as_json(figures)},
+        provenance=_provenance(source, parity),
+        files={},
+    )
+    target = out_dir / "bundle"
+    write_bundle(target, manifest, files)
+    size = sum(len(body) for body in files.values()) / 1e6
+    print(f"wrote {target} ({size:.1f} MB); publish it with: python -m exports publish {target}")
+
+
+def _golden(paths: Sequence[Path], model: Model) -> tuple[tuple[Golden, ...], dict[str, bytes]]:
+    """Returns golden captions and their pictures by bundle path."""
+    pictures = {path.name: path.read_bytes() for path in paths} if paths else _drawn()
+    golden, kept = [], {}
+    for name, body in pictures.items():
+        with Image.open(io.BytesIO(body)) as image:
+            pixels = preprocess(image, model.image)[None]
+        best = _clear_winner(model.steps, pixels, model)
+        if best is None:
+            print(f"golden: {name} left out, two captions score nearly alike")
+            continue
+        kept[f"golden/{name}"] = body
+        text = model.tokenizer.decode(best.token_ids)
+        golden.append(
+            Golden(
+                image=f"golden/{name}",
+                token_ids=best.token_ids,
+                text=text,
+                score=round(best.score, 5),
+            )
+        )
+    if not golden:
+        raise ConfigError("golden: no picture has a clear best caption; name others")
+    return tuple(golden), kept
+
+
+def _clear_winner(steps: StepModel, pixels: NDArray[np.uint8], model: Model) -> Any:
+    generation = model.generation
+    pair = generation.model_copy(update={"num_captions": min(2, generation.num_beams)})
+    best, *others = beam_search(steps, pixels, pair)[0]
+    return None if others and best.score - others[0].score < _MARGIN else best
+
+
+def _drawn() -> dict[str, bytes]:
+    """Returns a few small drawings, the same each time."""
+    pictures = {}
+    for number, (ground, ball) in enumerate(
+        (("green", "red"), ("white", "black"), ("navy", "orange"), ("tan", "brown"))
+    ):
+        image = Image.new("RGB", (96, 64), "skyblue")
+        draw = ImageDraw.Draw(image)
+        draw.rectangle((0, 32, 96, 64), fill=ground)
+        draw.ellipse((20 + 12 * number, 24, 44 + 12 * number, 48), fill=ball)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        pictures[f"drawing-{number}.png"] = buffer.getvalue()
+    return pictures
+
+
+def _card(
+    config: Config,
+    source: Run,
+    figures: dict[str, Interval],
+    parity: Parity,
+    examples: Sequence[Example],
+    captions: Sequence[str],
+) -> str:
+    references = [example.captions for example in examples]
+    scores = cider.score(references, captions).per_image[:, 0]
+    worst = [
+        f"- said *{captions[index]}*, people said *{examples[index].captions[0]}*"
+        for index in np.argsort(scores)[:8]
+    ]
+    template = Template(resources.files("trainer").joinpath("model_card.md").read_text("utf-8"))
+    return template.substitute(
+        name=config.name,
+        **config.card.model_dump(),
+        data_name=config.data.name,
+        images=len(examples),
+        rows="\n".join(
+            f"| {k} | {v.value:.3f} | {v.low:.3f} to {v.high:.3f} |" for k, v in figures.items()
+        ),
+        decoding=", ".join(f"{k} {v}" for k, v in source.recipe.generation.model_dump().items()),
+        parity=parity,
+        worst="\n".join(worst),
+    )
+
+
+def _provenance(source: Run, parity: Parity) -> dict[str, Any]:
+    """Returns what the bundle came from, with paths cut to their names."""
+    recipe = source.recipe.model_dump(mode="json")
+    for key in ("train", "dev", "images"):
+        path = getattr(source.recipe.data, key)
+        recipe["data"][key] = None if path is None else path.name
+    train = source.recipe.data.train
+    digest = hashlib.sha256(train.read_bytes()).hexdigest() if train.is_file() else None
+    packages = ("torch", "timm", "transformers", "onnx", "onnxruntime")
+    return {
+        "recipe": recipe,
+        "train_sha256": digest,
+        "parity": parity.as_json(),
+        "python": platform.python_version(),
+        "packages": {package: metadata.version(package) for package in packages},
+    }
