@@ -150,14 +150,17 @@ def _candidates(
     prefix: int,
 ) -> list[tuple[float, int, int]]:
     """Returns (sum, token, beam) of every allowed continuation, in the order of rule 2."""
-    candidates = []
+    candidates: list[tuple[float, int, int]] = []
     for beam, (total, history, _) in enumerate(search.beams):
         banned = _banned([model.bos_id, *history], generation.no_repeat_ngram_size)
         if len(history) - prefix < generation.min_new_tokens:
             banned.add(model.eos_id)
-        for log_prob, token in zip(log_probs[beam].tolist(), ids[beam].tolist(), strict=True):
-            if token not in banned:
-                candidates.append((total + log_prob, token, beam))
+        sums = (np.float32(total) + log_probs[beam]).tolist()  # in float32, as serving adds them
+        candidates += [
+            (value, token, beam)
+            for value, token in zip(sums, ids[beam].tolist(), strict=True)
+            if token not in banned
+        ]
     return sorted(candidates, key=lambda candidate: (-candidate[0], candidate[1], candidate[2]))
 
 
@@ -183,21 +186,22 @@ def _advance(
 ) -> None:
     """Applies rules 3 to 5 to one image."""
     width = generation.num_beams
-    length = len(search.beams[0][1]) + 1 - prefix if search.beams else 1
+    length = len(search.beams[0][1]) + 1 - prefix
+    norm = np.float32(float(length) ** generation.length_penalty)
     beams: list[tuple[float, list[int], int]] = []
     for rank, (total, token, beam) in enumerate(candidates):
         ids = [*search.beams[beam][1], token]
         if token == eos_id or last:
             if rank < width:
-                score = total / length**generation.length_penalty
+                score = float(np.float32(total) / norm)
                 search.finished.append(Hypothesis(tuple(ids), score, total))
         elif len(beams) < width:
             beams.append((total, ids, beam))
     search.finished = sorted(search.finished, key=lambda one: -one.score)[:width]
-    search.beams = beams
-    if last or not beams:
-        search.done = True
-    elif len(search.finished) == width:
-        attainable = beams[0][0] / length**generation.length_penalty
-        search.done = search.finished[-1].score >= attainable
-    search.beams = search.beams or [(0.0, ids, 0)]
+    full = len(search.finished) == width
+    search.done = (
+        last
+        or not beams
+        or (full and search.finished[-1].score >= float(np.float32(beams[0][0]) / norm))
+    )
+    search.beams = beams or search.beams

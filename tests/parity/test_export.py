@@ -1,0 +1,159 @@
+"""Three implementations of one captioner: PyTorch, the trainer's ONNX steps, the server."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from exports.bundle import Bundle
+from exports.images import ImageSpec
+from exports.manifest import Generation
+from exports.text import TextSpec
+from serving.captioner import Captioner as ServedCaptioner
+from serving.captioner import Params
+from serving.decode_image import ImageLimits, decode_image
+from trainer.captioner import Captioner
+from trainer.decoding import TorchSteps, beam_search
+from trainer.errors import ParityError
+from trainer.graphs import export_decoder, export_encoder, round_weights
+from trainer.onnx_steps import OnnxSteps
+from trainer.parity import compare
+from trainer.photos import load_pixels
+from trainer.stages import export, finetune
+
+PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
+TEXT = TextSpec(vocab_size=60, pad_id=0, bos_id=1, eos_id=2, max_length=14)
+ENCODERS = {
+    "timm_cnn": {"name": "timm_cnn", "model": "tf_efficientnet_lite0"},
+    "timm_vit": {
+        "name": "timm_vit",
+        "model": "vit_tiny_patch16_224",
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+    },
+}
+
+
+def random_captioner(encoder: str) -> Captioner:
+    torch.manual_seed(3)
+    captioner = Captioner(
+        encoder=ENCODERS[encoder],
+        bridge={"name": "cross_attention", "layers": 1, "heads": 2},
+        decoder={"name": "gpt2", "width": 32, "layers": 2, "heads": 2, "max_length": 14},
+        image=ImageSpec(height=64, width=48),
+        text=TEXT,
+    )
+    with torch.no_grad():  # sharper than at random, so that captions differ
+        for parameter in captioner.decoder.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return round_weights(captioner.eval())
+
+
+def steps_of(captioner: Captioner, *, change=lambda decoder: decoder) -> OnnxSteps:
+    encoder, encoder_spec = export_encoder(captioner)
+    decoder, decoder_spec = export_decoder(captioner)
+    return OnnxSteps(encoder, change(decoder), encoder_spec, decoder_spec, captioner.text)
+
+
+@pytest.mark.parametrize("encoder", sorted(ENCODERS))
+def test_the_graphs_behave_as_the_model(encoder: str) -> None:
+    captioner = random_captioner(encoder)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 64, 48, 3), np.uint8)
+    generation = Generation(num_beams=4, max_new_tokens=10)
+    parity = compare(TorchSteps(captioner), steps_of(captioner), pixels, generation).check()
+    assert parity.captions == parity.captions_equal == 24
+    assert parity.n_best_lists == parity.n_best_equal == 27
+    assert parity.largest_log_prob_difference < 1e-3
+
+
+def test_a_graph_that_differs_is_caught() -> None:
+    def spoil(body: bytes) -> bytes:
+        model = onnx.load_from_string(body)
+        scales = [i for i in model.graph.initializer if "ln_f.weight" in i.name]
+        values = onnx.numpy_helper.to_array(scales[0])
+        scales[0].CopyFrom(onnx.numpy_helper.from_array(values * 1.02, scales[0].name))
+        return model.SerializeToString()
+
+    captioner = random_captioner("timm_vit")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 64, 48, 3), np.uint8)
+    parity = compare(TorchSteps(captioner), steps_of(captioner, change=spoil), pixels, Generation())
+    with pytest.raises(ParityError, match="log-probabilities differ"):
+        parity.check()
+
+
+def test_weights_too_large_for_half_precision_are_refused() -> None:
+    captioner = random_captioner("timm_vit")
+    with torch.no_grad():
+        captioner.bridge.norm.bias[0] = 1e5
+    with pytest.raises(ParityError, match=r"bridge\.norm\.bias does not fit"):
+        round_weights(captioner)
+
+
+@pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.name)
+def test_trainer_and_server_see_the_same_pixels(path: Path) -> None:
+    spec = ImageSpec(height=96, width=80)
+    limits = ImageLimits(max_pixels=40_000_000)
+    assert np.array_equal(load_pixels(path, spec), decode_image(path.read_bytes(), spec, limits))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> tuple[Path, Path]:
+    """A run of a few steps on photographs, and its bundle."""
+    root = tmp_path_factory.mktemp("exported")
+    rows = "".join(
+        f"{p.resolve()},a {p.stem} on a table\n{p.resolve()},one {p.stem}\n" for p in PHOTOS
+    )
+    (root / "photos.csv").write_text("image,caption\n" + rows)
+    config = finetune.Config.model_validate(
+        {
+            "data": {"train": root / "photos.csv", "captions_per_image": 2},
+            "image": {"height": 64, "width": 48},
+            "tokenizer": {"vocab_size": 300},
+            "encoder": ENCODERS["timm_cnn"],
+            "bridge": {"name": "cross_attention", "layers": 0},
+            "decoder": {"name": "gpt2", "width": 32, "layers": 2, "heads": 2, "max_length": 16},
+            "objective": {"name": "lm"},
+            "optim": {"lr": 3e-3},
+            "loop": {"epochs": 6, "batch_size": 3, "workers": 0},
+        }
+    )
+    finetune.run(config, root / "run")
+    card = {"description": "d", "data": "d", "licence": "l", "failures": "f"}
+    changes = {"run": root / "run", "name": "photos", "data": root / "photos.csv", "card": card}
+    export.run(export.Config.model_validate(changes), root / "run")
+    return root / "run", root / "run" / "bundle"
+
+
+def test_the_server_s_captions_are_the_trainer_s(exported: tuple[Path, Path]) -> None:
+    run, bundle = exported
+    served = ServedCaptioner.load(bundle, threads=1)
+    captioner = round_weights(finetune_captioner(run))
+    pixels = np.random.default_rng(1).integers(0, 256, (12, 64, 48, 3), np.uint8)
+    for beams in (1, 3, 5):
+        generation = Generation(num_beams=beams, num_captions=beams, max_new_tokens=12)
+        ours = beam_search(TorchSteps(captioner), pixels, generation)
+        theirs = served.caption_batch(pixels, [Params.of(generation)] * len(pixels))
+        for first, second in zip(ours, theirs, strict=True):
+            assert [h.token_ids for h in first] == [c.token_ids for c in second]
+            assert [h.score for h in first] == pytest.approx([c.score for c in second], abs=1e-4)
+
+
+def finetune_captioner(run: Path) -> Captioner:
+    return export.Run(run).captioner()
+
+
+def test_a_bundle_tells_where_it_came_from_and_no_path(exported: tuple[Path, Path]) -> None:
+    run, folder = exported
+    bundle = Bundle.open(folder)
+    provenance = bundle.manifest.provenance
+    assert provenance["parity"]["captions_equal"] == provenance["parity"]["captions"] == 3
+    assert provenance["recipe"]["data"]["train"] == "photos.csv"
+    for name, body in bundle.files().items():
+        assert str(run.parent).encode() not in body, name
+        assert b"site-packages" not in body, name
+    card = bundle.read("MODEL_CARD.md").decode()
+    assert "| CIDEr-D |" in card and "$" not in card

