@@ -43,6 +43,7 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         transform: Transform,
         seed: int,
     ) -> None:
+        self.examples, self.tokenizer = examples, tokenizer
         self._images, self._captions = images, captions
         self._transform, self._seed = transform, seed
         longest = text.max_length - 2
@@ -65,17 +66,22 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         image = torch.from_numpy(self._images[index]).permute(2, 0, 1)
         flip: Literal["free", "never"] = "never" if self._sided[index] else "free"
         view = self._transform(image, draw.getrandbits(62), flip=flip)
-        return {"image": view, "token_ids": drawn}
+        return {"image": view, "token_ids": drawn, "index": index}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Returns images (B, 3, H, W), token_ids (B * C, T) padded, and lengths (B * C,)."""
+        """Returns one batch.
+
+        `images` (B, 3, H, W) uint8; `indices` (B,), of the examples; `token_ids` (B * C, T), the
+        captions of an image together, padded; `lengths` (B * C,), tokens without padding.
+        """
         sequences = [ids for item in items for ids in item["token_ids"]]
         lengths = torch.tensor([len(ids) for ids in sequences])
         token_ids = torch.full((len(sequences), int(lengths.max())), self._pad_id)
         for row, ids in enumerate(sequences):
             token_ids[row, : len(ids)] = torch.tensor(ids)
         images = torch.stack([item["image"] for item in items])
-        return {"images": images, "token_ids": token_ids, "lengths": lengths}
+        indices = torch.tensor([item["index"] for item in items])
+        return {"images": images, "token_ids": token_ids, "lengths": lengths, "indices": indices}
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):

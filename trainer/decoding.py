@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from exports.manifest import Generation
 from trainer.captioner import Captioner
@@ -84,6 +85,45 @@ class TorchSteps:
         logits, present = self._captioner.step(tokens, position, past, memory)
         best = logits.float().log_softmax(-1).topk(min(top_k, self.vocab_size))
         return (memory, present), best.values.cpu().numpy(), best.indices.cpu().numpy()
+
+
+@torch.no_grad()
+def sample(
+    captioner: Captioner, memory: Tensor, captions: int, *, max_new_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Returns captions drawn from the model, and their lengths.
+
+    Draws from PyTorch's global generator, which the loop seeds at every step.
+
+    Args:
+        captioner: in evaluation mode.
+        memory: (B, N, D), the encoded images.
+        captions: C, drawn for each image.
+        max_new_tokens: where a caption is cut, `<eos>` included.
+
+    Returns:
+        token_ids (B * C, T), `<bos>` ... `<eos>` and padding, the captions of an image together;
+        lengths (B * C,), tokens without padding. One that is cut has no `<eos>`.
+    """
+    text, decoder = captioner.text, captioner.decoder
+    rows = memory.shape[0] * captions
+    cache = decoder.memory_cache(memory)
+    past = [empty.to(memory) for empty in captioner.empty_cache(rows)]
+    columns = [torch.full((rows,), text.bos_id, device=memory.device)]
+    last = min(max_new_tokens, text.max_length - 1)
+    lengths = torch.full((rows,), last + 1, device=memory.device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=memory.device)
+    for position in range(last):
+        place = torch.tensor(position, device=memory.device)
+        logits, past = captioner.step(columns[-1], place, past, cache)
+        drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
+        columns.append(drawn.masked_fill(ended, text.pad_id))
+        ends = (drawn == text.eos_id) & ~ended
+        lengths[ends] = position + 2
+        ended |= ends
+        if bool(ended.all()):
+            break
+    return torch.stack(columns, 1), lengths
 
 
 @dataclass(slots=True)

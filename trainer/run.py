@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from torch import Tensor
 
 from exports.images import ImageSpec
 from exports.manifest import Generation
@@ -47,6 +48,8 @@ class Recipe(Config):
     """A recipe that trains a captioner."""
 
     seed: int = 0
+    start: Path | None = None
+    """A run of the same architecture, whose tokenizer and weights this one begins with."""
     data: Data
     image: ImageSpec
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -88,9 +91,12 @@ class Run:
     def captioner(self) -> Captioner:
         """Returns the trained captioner, with the kept weights (the moving average, if any)."""
         captioner = build_captioner(self.recipe, self.text, pretrained=False)
-        weights = kept_weights(self.folder / "last.safetensors", "captioner.")
-        captioner.load_state_dict(weights)
+        captioner.load_state_dict(self.weights())
         return captioner.eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Returns the captioner's kept weights by name."""
+        return kept_weights(self.folder / "last.safetensors", "captioner.")
 
 
 def build_captioner(recipe: Recipe, text: TextSpec, *, pretrained: bool = True) -> Captioner:

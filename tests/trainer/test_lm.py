@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import CNN, TEXT
 
-from trainer.objectives.lm import IGNORE_INDEX, Config, Objective, labels_of
+from trainer.objectives._captioning import IGNORE_INDEX, labels_of
+from trainer.objectives.lm import Config, Objective
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_labels_are_shifted_and_padding_is_ignored(batch) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_equals_a_slow_transcription(make_captioner, batch, smoothing: float) -> None:
     captioner = make_captioner()
-    objective = Objective(Config(label_smoothing=smoothing), captioner).eval()
+    objective = Objective(Config(label_smoothing=smoothing), captioner, None).eval()
     with torch.no_grad():
         found = objective(batch)["loss"].item()
         logits = captioner(batch["images"], batch["token_ids"][:, :-1])
@@ -49,14 +50,14 @@ def test_uniform_logits_cost_the_log_of_the_vocabulary(make_captioner, batch) ->
     captioner = make_captioner()
     with torch.no_grad():
         captioner.decoder.model.lm_head.weight.zero_()
-    loss = Objective(Config(label_smoothing=0.0), captioner)(batch)["loss"].item()
+    loss = Objective(Config(label_smoothing=0.0), captioner, None)(batch)["loss"].item()
     assert loss == pytest.approx(math.log(TEXT.vocab_size), abs=1e-5)
 
 
 def test_gradients_reach_what_is_trained_and_nothing_else(make_captioner, batch) -> None:
     captioner = make_captioner(encoder=CNN)
     config = Config(frozen=("encoder.backbone.conv_stem",), encoder_from_epoch=1)
-    objective = Objective(config, captioner).train()
+    objective = Objective(config, captioner, None).train()
     statistics = {k: v.clone() for k, v in captioner.encoder.named_buffers()}
     objective.before_epoch(0)
     objective(batch)["loss"].backward()
@@ -72,7 +73,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(make_captioner, batch)
 
 
 def test_padding_changes_nothing(make_captioner, batch) -> None:
-    objective = Objective(Config(), make_captioner()).eval()
+    objective = Objective(Config(), make_captioner(), None).eval()
     wider = torch.nn.functional.pad(batch["token_ids"], (0, 3), value=TEXT.pad_id)
     with torch.no_grad():
         first = objective(batch)["loss"]

@@ -194,18 +194,28 @@ def _card(
 
 
 def _provenance(source: Run, parity: Parity) -> dict[str, Any]:
-    """Returns what the bundle came from, with paths cut to their names."""
-    recipe = source.recipe.model_dump(mode="json")
-    for key in ("train", "dev", "images"):
-        path = getattr(source.recipe.data, key)
-        recipe["data"][key] = None if path is None else path.name
-    train = source.recipe.data.train
-    digest = hashlib.sha256(train.read_bytes()).hexdigest() if train.is_file() else None
+    """Returns what the bundle came from."""
     packages = ("torch", "timm", "transformers", "onnx", "onnxruntime")
     return {
-        "recipe": recipe,
-        "train_sha256": digest,
+        "recipe": _recipe(source),
         "parity": parity.as_json(),
         "python": platform.python_version(),
         "packages": {package: metadata.version(package) for package in packages},
     }
+
+
+def _recipe(source: Run) -> dict[str, Any]:
+    """Returns a run's recipe, and in its `start` that of the run it began with.
+
+    Paths are cut to their names, which is all they mean elsewhere; the captions' sha256 is added.
+    """
+    recipe = source.recipe.model_dump(mode="json")
+    data = source.recipe.data
+    for key in ("train", "dev", "images"):
+        path = getattr(data, key)
+        recipe["data"][key] = None if path is None else path.name
+    if data.train.is_file():
+        recipe["data"]["train_sha256"] = hashlib.sha256(data.train.read_bytes()).hexdigest()
+    if source.recipe.start is not None:
+        recipe["start"] = _recipe(Run(source.recipe.start))
+    return recipe

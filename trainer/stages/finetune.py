@@ -21,7 +21,7 @@ from trainer.loop import TrainingLoop
 from trainer.metrics import bleu, cider, distinct
 from trainer.photos import load_all, usable_examples
 from trainer.run import Recipe as Config
-from trainer.run import build_captioner
+from trainer.run import Run, build_captioner
 from trainer.tokenizer import train_tokenizer
 from trainer.transforms import Transform
 
@@ -33,7 +33,9 @@ def run(config: Config, out_dir: Path) -> None:
     text, tokenizer = _tokenizer(config, examples, out_dir)
     write_resolved(config, out_dir / "recipe.json")
     torch.manual_seed(config.seed)
-    captioner = build_captioner(config, text)
+    captioner = build_captioner(config, text, pretrained=config.start is None)
+    if config.start is not None:
+        captioner.load_state_dict(Run(config.start).weights())
     module, objective_config = variants.parse("objectives", config.objective)
     size = (config.image.height, config.image.width)
     dataset = CaptionDataset(
@@ -46,7 +48,7 @@ def run(config: Config, out_dir: Path) -> None:
         seed=config.seed,
     )
     TrainingLoop(
-        module.Objective(objective_config, captioner),
+        module.Objective(objective_config, captioner, dataset),
         dataset,
         config=config.loop,
         optim=config.optim,
@@ -71,6 +73,10 @@ def _tokenizer(
 ) -> tuple[TextSpec, Tokenizer]:
     """Returns the run's tokenizer: trained once, then read back, so that ids never change."""
     path, spec_path = out_dir / "tokenizer.json", out_dir / "text.json"
+    if config.start is not None:
+        start = Run(config.start)
+        path.write_bytes(start.tokenizer_json)
+        spec_path.write_text(start.text.model_dump_json() + "\n", encoding="utf-8")
     if not spec_path.exists():
         _, decoder = variants.parse("decoders", config.decoder)
         body, text = train_tokenizer(

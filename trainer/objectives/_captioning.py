@@ -1,0 +1,85 @@
+"""What the objectives on captioners share: their base, labels, and the cross-entropy."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.captioner import Captioner
+from trainer.config import Config as BaseConfig
+from trainer.encoders._timm import freeze_prefixes
+from trainer.objective import Objective
+
+IGNORE_INDEX = -100
+
+
+class CaptioningConfig(BaseConfig):
+    """Keys of every captioning objective."""
+
+    frozen: tuple[str, ...] = ()
+    """Parameter prefixes of the captioner that are never trained, e.g. `encoder.backbone.blocks.0`.
+    """
+    encoder_from_epoch: int = 0
+    """The encoder trains from this epoch on (counted from 0); before it, it only encodes."""
+
+
+class CaptioningObjective(Objective):
+    """A loss on a captioner whose encoder keeps its normalisation statistics.
+
+    Batches of tens of images are too few to re-estimate BatchNorm, and statistics that move make
+    training and serving differ; so the encoder is always in evaluation mode.
+    """
+
+    def __init__(self, config: CaptioningConfig, captioner: Captioner) -> None:
+        super().__init__()
+        self.captioner = captioner
+        self._encoder_from = config.encoder_from_epoch
+        freeze_prefixes(captioner, config.frozen)
+        self._trained_encoder = [p for p in captioner.encoder.parameters() if p.requires_grad]
+
+    def before_epoch(self, epoch: int) -> None:
+        """Thaws the encoder when its epoch has come."""
+        for parameter in self._trained_encoder:
+            parameter.requires_grad_(epoch >= self._encoder_from)
+
+    def train(self, mode: bool = True) -> "CaptioningObjective":
+        """Sets training mode everywhere but in the encoder."""
+        super().train(mode)
+        self.captioner.encoder.eval()
+        return self
+
+
+def labels_of(token_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Returns token_ids (R, T) shifted left, (R, T - 1), with padding as IGNORE_INDEX."""
+    labels = token_ids[:, 1:].clone()
+    positions = torch.arange(labels.shape[1], device=labels.device)
+    labels[positions >= lengths.unsqueeze(1) - 1] = IGNORE_INDEX
+    return labels
+
+
+def cross_entropy(
+    captioner: Captioner, memory: Tensor, batch: dict[str, Any], label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Returns the teacher-forced cross-entropy and the share of tokens ranked first.
+
+    Args:
+        captioner: its decoder is run.
+        memory: (B, N, D), the encoded images.
+        batch: `token_ids` (B * C, T), `<bos>` ... `<eos>` and padding; `lengths` (B * C,), tokens
+            without padding.
+        label_smoothing: probability spread over the vocabulary.
+    """
+    token_ids = batch["token_ids"]
+    repeated = memory.repeat_interleave(token_ids.shape[0] // memory.shape[0], dim=0)
+    logits = captioner.decoder(token_ids[:, :-1], repeated).float()
+    labels = labels_of(token_ids, batch["lengths"])
+    loss = F.cross_entropy(
+        logits.flatten(0, 1),
+        labels.flatten(),
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=label_smoothing,
+    )
+    with torch.no_grad():
+        hits = (logits.argmax(-1) == labels)[labels != IGNORE_INDEX].float().mean()
+    return loss, hits
