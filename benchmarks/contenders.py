@@ -1,0 +1,163 @@
+"""The two sides of `engine.py`: this project's engine, and `generate` of transformers."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from exports.manifest import Generation
+from serving.captioner import Caption, Params
+from serving.captioner import Captioner as Served
+from serving.engine import Engine
+from serving.errors import CaptionFailed
+from trainer.captioner import Captioner
+
+Pixels = NDArray[np.uint8]
+Ids = tuple[int, ...]
+
+
+class Meter:
+    """The engine's metrics: seconds inside the two graphs, and the batches that were made."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.encode = self.step = 0.0
+        self.batches: list[int] = []
+
+    def observe_encode(self, seconds: float) -> None:
+        """One run of the encoder."""
+        self.encode += seconds
+
+    def observe_step(self, seconds: float) -> None:
+        """One run of the decoder."""
+        self.step += seconds
+
+    def observe_batch(self, images: int) -> None:
+        """A batch begins."""
+        self.batches.append(images)
+
+    def observe_queue_wait(self, seconds: float) -> None:
+        """Is of no interest here."""
+
+    def add_tokens(self, count: int) -> None:
+        """Is of no interest here."""
+
+
+@dataclass(slots=True)
+class Side:
+    """One way to caption, and what was measured of it.
+
+    Attributes:
+        name: As it stands in the table.
+        caption: Turns pixels (n, H, W, 3) into the ids of n captions, without bos, by batches of
+            the given size.
+        meter: What the engine tells of itself.
+        seconds: One entry a round.
+        found: The captions of the last round.
+    """
+
+    name: str
+    caption: Callable[[Pixels, int], list[Ids]]
+    meter: Meter | None = None
+    seconds: list[float] = field(default_factory=list)
+    found: list[Ids] = field(default_factory=list)
+
+
+def direct(served: Served) -> Side:
+    """Returns the engine's compute path: batch after batch, on the calling thread."""
+    meter, params = Meter(), Params.of(served.manifest.defaults)
+
+    def caption(pixels: Pixels, batch: int) -> list[Ids]:
+        found: list[Ids] = []
+        for part in _batches(pixels, batch):
+            results = served.caption_batch(part, [params] * len(part), observer=meter)
+            found += [_best(captions) for captions in results]
+        return found
+
+    return Side("this engine", caption, meter)
+
+
+def queued(served: Served, batch: int, runner: asyncio.Runner, stack: ExitStack) -> Side:
+    """Returns the whole engine: as many clients as a batch holds, each with one image at a time."""
+    meter, params = Meter(), Params.of(served.manifest.defaults)
+    engine = Engine(max_batch_size=batch, max_queue=batch, metrics=meter)
+    stack.callback(engine.close)
+
+    async def client(images: Iterator[tuple[int, Pixels]], found: dict[int, Ids]) -> None:
+        for place, image in images:
+            found[place] = _best(await engine.submit(served, image, params))
+
+    async def clients(pixels: Pixels, count: int) -> list[Ids]:
+        found: dict[int, Ids] = {}
+        images = iter(list(enumerate(pixels)))
+        await asyncio.gather(*(client(images, found) for _ in range(count)))
+        return [found[place] for place in range(len(pixels))]
+
+    return Side("its queue", lambda pixels, count: runner.run(clients(pixels, count)), meter)
+
+
+def generate(captioner: Captioner, generation: Generation, *, bf16: bool = False) -> Side:
+    """Returns `generate` on the same weights; both attentions keep their keys and values."""
+    text, model = captioner.text, captioner.decoder.model
+
+    @torch.inference_mode()
+    def caption(pixels: Pixels, batch: int) -> list[Ids]:
+        found: list[Ids] = []
+        for part in _batches(pixels, batch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                # The view's layout is channels-last, and `engine.py` gives the weights the same.
+                memory = captioner.encode(torch.from_numpy(part).permute(0, 3, 1, 2))
+                rows = model.generate(
+                    input_ids=torch.full((len(part), 1), text.bos_id),
+                    attention_mask=torch.ones(len(part), 1, dtype=torch.int64),
+                    encoder_hidden_states=memory,  # (B, N, D); repeated for the beams in there
+                    num_beams=generation.num_beams,
+                    max_new_tokens=generation.max_new_tokens,
+                    min_new_tokens=generation.min_new_tokens,
+                    length_penalty=generation.length_penalty,
+                    no_repeat_ngram_size=generation.no_repeat_ngram_size,
+                    early_stopping=False,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=text.pad_id,
+                    bos_token_id=text.bos_id,
+                    eos_token_id=text.eos_id,
+                )
+            found += [_without_padding(row, text.eos_id) for row in rows[:, 1:].tolist()]
+        return found
+
+    return Side("`generate` in bfloat16" if bf16 else "`generate`", caption)
+
+
+@torch.inference_mode()
+def score(captioner: Captioner, image: Pixels, ids: Ids, length_penalty: float) -> float:
+    """Returns a caption's score by the PyTorch captioner; the image is (H, W, 3)."""
+    tokens = torch.tensor([[captioner.text.bos_id, *ids]])
+    logits = captioner(torch.from_numpy(image[None]).permute(0, 3, 1, 2), tokens[:, :-1])
+    log_probs = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])
+    return float(log_probs.sum() / len(ids) ** length_penalty)
+
+
+def _batches(pixels: Pixels, size: int) -> Iterator[Pixels]:
+    for start in range(0, len(pixels), size):
+        yield pixels[start : start + size]
+
+
+def _best(captions: list[Caption] | CaptionFailed) -> Ids:
+    if isinstance(captions, CaptionFailed):
+        raise captions
+    return captions[0].token_ids
+
+
+def _without_padding(row: list[int], eos_id: int) -> Ids:
+    if eos_id not in row:
+        return tuple(row)
+    return (*takewhile(lambda token: token != eos_id, row), eos_id)

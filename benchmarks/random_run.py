@@ -1,0 +1,51 @@
+"""A run that nobody trained: the base recipe's captioner with random weights, for `--tiny`."""
+
+import tomllib
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint import save_checkpoint
+from trainer.config import write_resolved
+from trainer.run import Recipe, build_captioner
+from trainer.stages import export, shapecaps
+from trainer.tokenizer import train_tokenizer
+
+RECIPE = Path(__file__).parents[1] / "trainer" / "recipes" / "flickr8k" / "base.toml"
+
+
+def random_run(folder: Path) -> tuple[Path, Path, Path]:
+    """Returns the folders of a run, of its bundle and of pictures, all made inside `folder`."""
+    run = folder / "run"
+    shapecaps.run(shapecaps.Config(images=64, dev=8, side=96), folder)
+    recipe = Recipe.model_validate(tomllib.loads(RECIPE.read_text(encoding="utf-8")))
+    tokenizer, text = train_tokenizer(
+        ["any words will do", "any words at all"],
+        vocab_size=recipe.tokenizer.vocab_size,
+        max_length=recipe.decoder["max_length"],
+    )
+    # So few words fill a part of the vocabulary; the graphs have the size of the whole.
+    text = text.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
+    torch.manual_seed(0)
+    captioner = build_captioner(recipe, text, pretrained=False)
+    with torch.no_grad():  # at random all tokens are nearly alike; sharper ones tell beams apart
+        for parameter in captioner.decoder.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+
+    run.mkdir()
+    write_resolved(recipe, run / "recipe.json")
+    (run / "tokenizer.json").write_bytes(tokenizer)
+    (run / "text.json").write_text(text.model_dump_json(), encoding="utf-8")
+    # Cloned: tied weights are one storage, which safetensors refuses.
+    state = {f"objective.captioner.{k}": v.clone() for k, v in captioner.state_dict().items()}
+    save_checkpoint(run / "last.safetensors", state, {"step": 0})
+    config = {
+        "run": run,
+        "name": "random",
+        "data": folder / "captions_dev.json",
+        "parity_images": 4,
+        "card": dict.fromkeys(export.Card.model_fields, "Random weights."),
+    }
+    export.run(export.Config.model_validate(config), run)
+    return run, run / "bundle", folder / "images"

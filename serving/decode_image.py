@@ -1,0 +1,93 @@
+"""Untrusted bytes to pixels: the type is sniffed, and the size checked before decoding."""
+
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+from exports.errors import ImageError
+from exports.images import ImageSpec, preprocess
+from serving.errors import ImageTooLarge, NotAnImage, UndecodableImage
+
+_TYPES = "JPEG, PNG, WebP, GIF, AVIF, BMP and TIFF"
+_BMP_HEADER_SIZES = (12, 40, 52, 56, 64, 108, 124)
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """What an image may be at most; pixels are counted as the file states them."""
+
+    max_pixels: int = 40_000_000
+
+
+def decode_image(body: bytes, spec: ImageSpec, limits: ImageLimits) -> npt.NDArray[np.uint8]:
+    """Returns the pixels that an encoder takes, uint8 (H, W, 3), of a file's bytes.
+
+    Raises:
+        NotAnImage: The bytes begin like none of the types that we read.
+        ImageTooLarge: The image states more pixels than the limit; nothing was decoded.
+        UndecodableImage: The bytes are damaged, cut off, or none at all.
+    """
+    if not body:
+        raise UndecodableImage("The body is empty: send the bytes of an image file.")
+    kind = _sniff(body)
+    if kind is None:
+        raise NotAnImage(f"The bytes are none of the image types read here: {_TYPES}.")
+    image = _open(body, kind, limits)
+    try:
+        with image:
+            return preprocess(image, spec)
+    except ImageError as error:
+        raise UndecodableImage(f"The {kind} file is damaged or cut off: {error}.") from error
+
+
+def _open(body: bytes, kind: str, limits: ImageLimits) -> Image.Image:
+    try:
+        # Reads the header. Pillow guards it with a limit of its own, which is ours to state.
+        image = Image.open(BytesIO(body), formats=[kind])
+        sizes = (image.size, _tile_size(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge(
+            f"The image has more than {limits.max_pixels:,} pixels: make it smaller."
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the format plugins raise nearly every built-in exception
+        raise UndecodableImage(f"The {kind} file is damaged: its header makes no sense.") from error
+    for width, height in sizes:
+        if width * height > limits.max_pixels:
+            raise ImageTooLarge(
+                f"The image has {width} x {height} pixels, more than {limits.max_pixels:,}:"
+                " make it smaller."
+            )
+    return image
+
+
+def _tile_size(image: Image.Image) -> tuple[int, int]:
+    """Returns the size of a TIFF's tiles, which may be larger than the image they stand in."""
+    if not isinstance(image, TiffImageFile):
+        return 0, 0
+    return int(image.tag_v2.get(_TILE_WIDTH, 0)), int(image.tag_v2.get(_TILE_LENGTH, 0))
+
+
+def _sniff(body: bytes) -> str | None:
+    """Returns Pillow's name of the image type that `body` begins like."""
+    if body.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if body.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
+        return "WEBP"
+    if body.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if body[4:8] == b"ftyp" and b"avi" in body[8:64]:  # brands avif and avis, major or compatible
+        return "AVIF"
+    if body.startswith(b"BM") and int.from_bytes(body[14:18], "little") in _BMP_HEADER_SIZES:
+        return "BMP"
+    if body.startswith((b"II*\0", b"MM\0*")):
+        return "TIFF"
+    return None

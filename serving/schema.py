@@ -1,0 +1,147 @@
+"""What stands in the requests and answers of the REST interface."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_BEAMS = 16
+MAX_NEW_TOKENS = 256
+
+
+def _without_defaults(schema: dict[str, Any]) -> None:
+    """Drop the defaults from a JSON schema: the real ones stand in the bundle, see /v1/models."""
+    for field in schema["properties"].values():
+        field.pop("default", None)
+
+
+class CaptionParameters(BaseModel):
+    """What one request may choose; whatever it leaves out comes from the bundle's defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_without_defaults)
+
+    num_beams: int = Field(
+        default=4, ge=1, le=MAX_BEAMS, description="Beams kept at each step; 1 is greedy search."
+    )
+    num_captions: int = Field(
+        default=1, ge=1, le=MAX_BEAMS, description="Captions to return, at most `num_beams`."
+    )
+    max_new_tokens: int = Field(
+        default=24, ge=1, le=MAX_NEW_TOKENS, description="Longest caption, in tokens."
+    )
+    min_new_tokens: int = Field(
+        default=1, ge=0, le=MAX_NEW_TOKENS, description="Shortest caption, in tokens."
+    )
+    length_penalty: float = Field(
+        default=1.0,
+        ge=-10.0,
+        le=10.0,
+        allow_inf_nan=False,
+        description="score = log_prob / tokens ** length_penalty; above 1 favours long captions.",
+    )
+    no_repeat_ngram_size: int = Field(
+        default=0, ge=0, le=16, description="No run of so many tokens comes twice; 0 allows all."
+    )
+    prefix: str = Field(
+        default="", max_length=500, description="Words that each caption must begin with."
+    )
+    model: str = Field(
+        default="", max_length=200, description="`name` or `name@version`; default: what is served."
+    )
+
+
+class CaptionRequest(CaptionParameters):
+    """The JSON form of a request."""
+
+    images: list[str] = Field(
+        min_length=1, description="Images, each a file's bytes in base64 (RFC 4648, no data: URL)."
+    )
+
+
+class CaptionAnswer(BaseModel):
+    """One caption of an image: what clients read of a `serving.captioner.Caption`."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    text: str = Field(examples=["a dog runs through the grass"])
+    score: float = Field(description="log_prob / tokens ** length_penalty", examples=[-0.43])
+    log_prob: float = Field(
+        description="Sum of the natural log-probabilities of the generated tokens.",
+        examples=[-3.4],
+    )
+    tokens: int = Field(description="Generated tokens, the end token included.", examples=[8])
+
+
+class ImageAnswer(BaseModel):
+    """The captions of one image, best first."""
+
+    captions: list[CaptionAnswer]
+
+
+class CaptionsAnswer(BaseModel):
+    """The answer to `POST /v1/captions`: one result per image, in the order they came."""
+
+    model: str = Field(examples=["cutline-base"])
+    version: str = Field(examples=["1"])
+    request_id: str
+    results: list[ImageAnswer]
+
+
+class ActiveModel(BaseModel):
+    """The bundle that answers now."""
+
+    name: str
+    version: str
+    created: str
+    description: str
+    licence: str
+    image_height: int
+    image_width: int
+    vocabulary: int
+    max_length: int = Field(description="Positions of the decoder, start and end tokens included.")
+    defaults: dict[str, Any] = Field(description="Generation parameters a request may leave out.")
+    metrics: dict[str, Any] = Field(description="Figures of the model card.")
+
+
+class SwapError(BaseModel):
+    """Why the bundle that should answer does not."""
+
+    version: str = Field(description="The version that was refused; empty if none was found.")
+    reason: str
+    at: str = Field(description="UTC time, ISO 8601")
+
+
+class ModelAnswer(BaseModel):
+    """One model of this server: what it should serve and what it does."""
+
+    reference: str = Field(description="What this server follows in the registry.")
+    desired: str | None = Field(description="The version that the reference names now.")
+    loading: bool
+    swaps: int = Field(description="Versions put to work since the start.")
+    active: ActiveModel | None
+    last_error: SwapError | None
+
+
+class ModelsAnswer(BaseModel):
+    """The answer to `GET /v1/models`."""
+
+    models: list[ModelAnswer]
+
+
+class Health(BaseModel):
+    """The answer to the probes."""
+
+    status: str = Field(examples=["ok"])
+    model: str | None = None
+    version: str | None = None
+
+
+class Problem(BaseModel):
+    """An error, RFC 9457 (`application/problem+json`)."""
+
+    type: str = Field(
+        description="Stable name of the kind of error", examples=["urn:cutline:problem:bad-image"]
+    )
+    title: str = Field(description="The same for every error of the type")
+    status: int = Field(examples=[400])
+    detail: str = Field(description="What was wrong with this request")
+    request_id: str

@@ -1,0 +1,38 @@
+"""The server's settings: arguments first, then `CUTLINE_*` environment variables, then these."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from exports.registry import DEFAULT_REGISTRY
+
+
+class Settings(BaseSettings):
+    """Every knob of the server; `CUTLINE_MAX_QUEUE=64` sets `max_queue`."""
+
+    model_config = SettingsConfigDict(env_prefix="CUTLINE_", extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=1, le=65535, description="port to listen on")
+
+    registry: Path = Field(DEFAULT_REGISTRY, description="folder that holds <model>/<version>/")
+    model: str = Field("cutline-base", description="name, name@version or name@alias to follow")
+    poll_s: PositiveFloat = Field(1.0, description="seconds between two looks at the registry")
+    retry_s: PositiveFloat = Field(30.0, description="seconds before a refused bundle is retried")
+
+    provider: Literal["cpu", "cuda", "auto"] = "auto"
+    threads: PositiveInt = Field(os.cpu_count() or 1, description="threads of one decode step")
+    decode_threads: PositiveInt = Field(2, description="photographs decoded at the same time")
+    max_batch_size: PositiveInt = Field(32, description="images in one batch")
+    max_queue: PositiveInt = Field(256, description="images that may wait; beyond that 429")
+    deadline_s: PositiveFloat = Field(30.0, description="seconds from a read body to its answer")
+
+    # A 12-megapixel JPEG is 3 to 8 MB; base64 adds a third.
+    max_body_bytes: PositiveInt = Field(16 * 1024 * 1024, description="bytes of one request body")
+    max_images: PositiveInt = Field(16, description="images in one request")
+    max_pixels: PositiveInt = Field(40_000_000, description="pixels of one image, before decoding")
+    stall_s: PositiveFloat = Field(10.0, description="longest silence while a body is read")
+    body_s: PositiveFloat = Field(120.0, description="longest time to read a body")

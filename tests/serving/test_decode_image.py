@@ -1,0 +1,186 @@
+"""Untrusted bytes: each kind of bad input gets its own error; what is too big is not decoded."""
+
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_bundle import picture
+
+from exports.images import ImageSpec, preprocess
+from serving.decode_image import ImageLimits, decode_image
+from serving.errors import CaptionError, ImageTooLarge, NotAnImage, UndecodableImage
+
+SPEC = ImageSpec(height=32, width=48)
+LIMITS = ImageLimits()
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "AVIF", "BMP", "TIFF"]
+
+
+def decode(body):
+    return decode_image(body, SPEC, LIMITS)
+
+
+def stated(kind, width, height):
+    """Returns a small file of the type `kind` whose header states another size."""
+    body = bytearray(picture(0, format=kind))
+    if kind == "JPEG":
+        at = body.index(b"\xff\xc0") + 5
+        body[at : at + 4] = struct.pack(">HH", height, width)
+    elif kind == "PNG":
+        body[16:24] = struct.pack(">II", width, height)
+        body[29:33] = struct.pack(">I", zlib.crc32(body[12:29]))
+    elif kind == "WEBP":
+        at = body.index(b"VP8 ") + 14
+        body[at : at + 4] = struct.pack("<HH", width, height)
+    elif kind == "GIF":
+        body[6:10] = struct.pack("<HH", width, height)
+    elif kind == "AVIF":
+        at = body.index(b"ispe") + 8
+        body[at : at + 8] = struct.pack(">II", width, height)
+    elif kind == "BMP":
+        body[18:26] = struct.pack("<ii", width, height)
+    elif kind == "TIFF":
+        return tiff({256: width, 257: height, 273: 8, 278: height, 279: 100})
+    return bytes(body)
+
+
+def tiff(tags):
+    """Returns an 8-bit grey deflate TIFF with more tags; its data are zeros."""
+    entries = sorted({258: 8, 259: 8, 262: 1, 277: 1, **tags}.items())
+    packed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    directory = struct.pack("<H", len(entries)) + packed + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8) + directory + zlib.compress(bytes(10_000))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_type_becomes_the_pixels_of_the_one_preprocessing(kind):
+    body = picture(1, format=kind)
+    expected = preprocess(Image.open(BytesIO(body)), SPEC)
+    assert expected.shape == (32, 48, 3)
+    np.testing.assert_array_equal(decode(body), expected)
+
+
+def test_transparency_is_laid_on_white():
+    body = BytesIO()
+    Image.new("RGBA", (64, 48), (200, 0, 0, 0)).save(body, "PNG")
+    assert (decode(body.getvalue()) == 255).all()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"a text file that is called photo.jpg",
+        b"BM and other initials\n" * 3,
+        b"%PDF-1.7\n",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"\x00",
+    ],
+)
+def test_other_files_are_no_images(body):
+    with pytest.raises(NotAnImage, match="JPEG, PNG, WebP"):
+        decode(body)
+
+
+def test_no_bytes_are_no_image():
+    with pytest.raises(UndecodableImage, match="empty"):
+        decode(b"")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("keep", [0.1, 0.6])
+def test_a_file_that_is_cut_off_is_undecodable(kind, keep):
+    body = picture(2, format=kind)
+    with pytest.raises(UndecodableImage, match=kind):
+        decode(body[: int(len(body) * keep)])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("size", [(10_000, 9_000), (16_000, 16_000)])  # Pillow minds the second
+def test_pixels_are_counted_before_decoding(kind, size):
+    with pytest.raises(ImageTooLarge, match="40,000,000"):
+        decode(stated(kind, *size))
+
+
+def test_a_tiff_with_tiles_larger_than_itself_is_too_large():
+    body = tiff({256: 64, 257: 48, 322: 20_000, 323: 20_000, 324: 8, 325: 100})
+    with pytest.raises(ImageTooLarge, match="20000 x 20000"):
+        decode(body)
+
+
+def test_a_decompression_bomb_costs_no_memory():
+    script = """
+import resource, sys
+from io import BytesIO
+from PIL import Image
+from exports.images import ImageSpec
+from serving.decode_image import ImageLimits, decode_image
+from serving.errors import ImageTooLarge
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+body, spec = sys.stdin.buffer.read(), ImageSpec(height=32, width=32)
+small = BytesIO()
+Image.new("L", (64, 64)).save(small, "PNG")
+decode_image(small.getvalue(), spec, ImageLimits())
+before = peak()
+try:
+    decode_image(body, spec, ImageLimits())
+except ImageTooLarge:
+    print(peak() - before)
+"""
+    rows = zlib.compressobj(1)  # 8,000 x 8,000 RGB: 192 MB in less than 1
+    data = b"".join(rows.compress(bytes(1 + 24_000)) for _ in range(8_000)) + rows.flush()
+
+    def chunk(kind, payload):
+        crc = zlib.crc32(kind + payload)
+        return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", crc)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8_000, 8_000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], input=bomb, capture_output=True, check=True
+    )
+    assert int(done.stdout) <= 4  # MiB
+
+
+@pytest.mark.parametrize("resize", ["squash", "center_crop"])
+@pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000), (1, 1)])
+def test_extreme_shapes_work(resize, size):
+    body = BytesIO()
+    Image.new("RGB", size, (10, 200, 30)).save(body, "PNG")
+    spec = ImageSpec(height=32, width=48, resize=resize)
+    pixels = decode_image(body.getvalue(), spec, LIMITS)
+    assert pixels.shape == (32, 48, 3)
+    assert (pixels == (10, 200, 30)).all()
+
+
+def test_a_12_megapixel_photograph_is_decoded_at_a_fraction_of_its_size():
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    body = BytesIO()
+    coarse.resize((4_000, 3_000)).save(body, "JPEG", quality=90)
+    started = time.process_time()
+    decode(body.getvalue())
+    scaled = time.process_time() - started
+    started = time.process_time()
+    Image.open(BytesIO(body.getvalue())).load()
+    assert scaled < 0.8 * (time.process_time() - started)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it mends
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_bytes_give_pixels_or_a_clear_error(kind):
+    rng = np.random.default_rng(0)
+    whole = picture(3, format=kind)
+    for trial in range(200):
+        body = bytearray(whole)
+        reach = len(body) if trial % 2 else min(len(body), 80)  # every other time, the header
+        for at in rng.integers(0, reach, 4):
+            body[at] = rng.integers(256)
+        try:
+            assert decode(bytes(body)).shape == (32, 48, 3)
+        except CaptionError as error:
+            assert error.status in (400, 413, 415)  # noqa: PT017 - either way is right

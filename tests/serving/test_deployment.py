@@ -1,0 +1,199 @@
+"""The Ray wrapper: its promises in process, and the whole of it once on a real cluster."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from exports.registry import Registry
+from serving.deployment import CaptionService, build
+from serving.haproxy import environment, write_start_script
+from serving.settings import Settings
+
+CONFIG = """\
+defaults
+    errorfile 502 /tmp/x/500.http
+    errorfile 503 /tmp/x/500.http
+frontend prometheus
+    bind :{metrics}
+frontend http_frontend
+    bind 127.0.0.1:8000
+backend http-cutline
+    server a 127.0.0.1:30000 check
+listen stats
+  bind *:{stats}
+"""
+
+
+def test_haproxy_is_kept_to_the_loopback_interface(tmp_path):
+    binary = tmp_path / "haproxy"
+    binary.write_text('#!/bin/sh\necho "$@"\n')
+    binary.chmod(0o700)
+    script = tmp_path / "start.sh"
+    variables = environment(Settings(), tmp_path, script)
+    write_start_script(tmp_path, binary, variables)
+    ports = {
+        name.lower(): variables[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")
+    }
+    config = tmp_path / "its config.cfg"
+    config.write_text(CONFIG.format(**ports))
+    command = [script, "-db", "-f", config, "-sf", "1"]
+    passed_on = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert passed_on == f"-db -f {config} -sf 1\n"
+
+    edited = config.read_text()
+    binds = re.findall(r"^ *bind (.*)$", edited, re.MULTILINE)
+    assert binds == [
+        f"127.0.0.1:{ports['metrics']}",
+        "127.0.0.1:8000",
+        f"127.0.0.1:{ports['stats']}",
+    ]
+    for path in re.findall(r"errorfile \d+ (.*)", edited):
+        head, _, body = Path(path).read_bytes().partition(b"\r\n\r\n")
+        assert b"application/problem+json" in head
+        assert f"Content-Length: {len(body)}".encode() in head
+    assert "del-header x-request-timeout-seconds" in edited
+    subprocess.run(command, check=True, capture_output=True)  # a second reload changes no more
+    assert config.read_text().count("127.0.0.1:8000") == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in what Ray imports
+def test_the_builder_takes_a_dict_as_a_serve_config_has_it(tmp_path):
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call
+
+    application = call(build, {"model": "tiny", "registry": str(tmp_path), "max_queue": 7})
+    deployment = application._bound_deployment
+    assert deployment.init_args[0].model == "tiny"
+    assert deployment.max_ongoing_requests > 7
+    with pytest.raises(ValueError, match="modle"):
+        call(build, {"modle": "tiny"})
+
+
+@pytest.mark.parametrize("config", [{"model": "tiny@2"}, {"model": 2}, {}, None, "tiny"])
+def test_reconfigure_returns_at_once_and_never_raises(tmp_path, config):
+    service = CaptionService(Settings(registry=tmp_path, model="tiny"))
+    start = time.monotonic()
+    service.reconfigure(config)
+    assert time.monotonic() - start < 0.5
+    followed = "tiny@2" if config == {"model": "tiny@2"} else "tiny"
+    assert service._manager.status().reference == followed
+    service._engine.close()
+
+
+def environment_of(pid):
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def pids():
+    return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+
+
+def marked(mark):
+    return {pid for pid in pids() if mark in environment_of(pid)}
+
+
+def mark_of(pid):
+    """Returns the mark that a server gave its cluster, from one of its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    entries = [entry for child in children for entry in environment_of(int(child))]
+    return next(entry for entry in entries if entry.startswith(b"CUTLINE_CLUSTER="))
+
+
+def listening(processes):
+    """Returns the addresses on which processes listen, as /proc/net/tcp writes them."""
+    inodes = set()
+    for pid in processes:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                inodes.update(re.findall(r"socket:\[(\d+)\]", str(descriptor.readlink())))
+            except OSError:
+                continue
+    rows = [
+        line.split()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(table).read_text().splitlines()[1:]
+    ]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+LOOPBACK = {
+    "0100007F",
+    "0000000000000000FFFF00000100007F",
+    "00000000000000000000000001000000",
+}
+
+
+@pytest.fixture
+def cluster(tmp_path, tiny_bundles):
+    """`python -m serving up` with version 1 of two in production: (process, url, registry)."""
+    registry = Registry(tmp_path / "models")
+    registry.publish(tiny_bundles.one)
+    registry.publish(tiny_bundles.two)
+    registry.promote("tiny", "1")
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "serving", "up", "--port", str(port), "--threads", "1"),
+        *("--registry", str(registry.root), "--model", "tiny"),
+    ]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "CUTLINE_MAX_BODY_BYTES": "2000000"},
+        start_new_session=True,
+    ) as server:
+        # Ends the server if it does not get ready, so that the line below does not wait for ever.
+        watchdog = threading.Timer(400, server.terminate)
+        watchdog.start()
+        url = f"http://127.0.0.1:{port}"
+        try:
+            assert server.stdout.readline() == f"Cutline is ready at {url}\n"
+            yield server, url, registry
+        finally:
+            watchdog.cancel()
+            server.terminate()
+
+
+@pytest.mark.ray
+def test_under_ray_it_serves_swaps_and_ends_without_a_trace(cluster, photos):
+    server, url, registry = cluster
+    mark = mark_of(server.pid)
+    processes = marked(mark)
+    assert len(processes) > 5
+    assert listening(processes) <= LOOPBACK
+
+    headers = {"content-type": "image/png", "x-request-id": "one"}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        answer = client.post("/v1/captions", content=photos[0], headers=headers)
+        assert answer.json()["version"] == "1"
+        assert answer.headers.get_list("x-request-id") == ["one"] == [answer.json()["request_id"]]
+
+        refused = client.post("/v1/captions", content=iter([bytes(100_000)] * 100), headers=headers)
+        assert refused.status_code == 413
+        assert refused.headers["content-type"] == "application/problem+json"
+
+        registry.promote("tiny", "2")
+        promoted = time.monotonic()
+        versions = ["1"]
+        while versions[-1] == "1":
+            assert time.monotonic() - promoted < 5
+            answer = client.post("/v1/captions", content=photos[0], headers=headers)
+            assert answer.status_code == 200
+            versions.append(answer.json()["version"])
+        assert versions[-1] == "2"
+
+    server.terminate()
+    assert server.wait(60) == 0
+    assert marked(mark) == set()

@@ -1,0 +1,241 @@
+"""A captioner small enough to build by hand: real graphs, real tokenizer, random weights.
+
+Its log-probabilities depend on the image, on the position and, through the caches, on every token
+so far, so a wrong gather or a mixed-up image changes the captions. An all-black image makes its
+numbers NaN: the poisoned member of a batch. No PyTorch anywhere.
+"""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from exports.bundle import write_bundle
+from exports.images import ImageSpec, preprocess
+from exports.manifest import DecoderSpec, EncoderSpec, Generation, Golden, Manifest
+from exports.text import TextSpec
+from exports.text import Tokenizer as Text
+from serving.beam import BeamParams, beam_search
+from serving.session import OnnxSession
+
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+_TEXT = """
+a the one two three some red blue green brown black white small big old young dog cat horse bird
+man woman child boat ball tree house river street field beach hill sits stands runs jumps swims
+sleeps walks plays looks waits on in under near behind above with and of at
+"""
+WORDS = _TEXT.split()
+V = len(SPECIALS) + len(WORDS)
+L, HEADS, HEAD_DIM = 2, 2, 8
+D = HEADS * HEAD_DIM
+SIDE, PATCH = 32, 16
+N = (SIDE // PATCH) ** 2
+TEXT = TextSpec(vocab_size=V, bos_id=1, eos_id=2, pad_id=0, max_length=20)
+PAST = tuple(f"past_{kind}.{layer}" for layer in range(L) for kind in "kv")
+PRESENT = tuple(f"present_{kind}.{layer}" for layer in range(L) for kind in "kv")
+MEMORY = tuple(f"memory_{kind}.{layer}" for layer in range(L) for kind in "kv")
+
+
+def picture(seed, *, size=(64, 48), format="PNG", **save):  # noqa: A002 - Pillow's own word
+    """Returns the bytes of an image file: a random smooth pattern."""
+    coarse = np.random.default_rng(seed).integers(1, 256, (4, 4, 3), dtype=np.uint8)
+    body = BytesIO()
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(body, format, **save)
+    return body.getvalue()
+
+
+def black_picture():
+    """Returns the bytes of the image that the tiny captioner cannot caption."""
+    body = BytesIO()
+    Image.new("RGB", (64, 48)).save(body, "PNG")
+    return body.getvalue()
+
+
+def write_tiny_bundle(
+    target: Path, *, name="tiny", version="1", seed=0, broken_golden=False, nan=False
+) -> Path:
+    """Writes a bundle to `target`; another `seed` gives other captions.
+
+    `broken_golden` promises captions that the graphs do not give; `nan` puts a NaN into the
+    weights. Both pass every check of the files and must fail the check of the captions.
+    """
+    encoder, decoder = _encoder(seed), _decoder(seed)
+    tokenizer = _tokenizer()
+    images = {f"golden/{index}.png": picture(1000 + index) for index in range(3)}
+    manifest = Manifest(
+        name=name,
+        version=version,
+        created="2026-01-01T00:00:00Z",
+        description="A tiny captioner for tests.",
+        licence="Apache-2.0",
+        image=ImageSpec(height=SIDE, width=SIDE),
+        text=TEXT,
+        encoder=EncoderSpec(outputs=MEMORY),
+        decoder=DecoderSpec(
+            layers=L, heads=HEADS, head_dim=HEAD_DIM, memory=MEMORY, past=PAST, present=PRESENT
+        ),
+        defaults=Generation(max_new_tokens=12),
+        metrics={"CIDEr-D": 0.0},
+    )
+    golden = _golden(encoder, decoder, manifest, images, Text(tokenizer, TEXT))
+    if broken_golden:
+        golden[1] = golden[1].model_copy(update={"token_ids": (5, 6, 7, TEXT.eos_id)})
+    files = {
+        "encoder.onnx": encoder,
+        "decoder.onnx": _decoder(seed, nan=True) if nan else decoder,
+        "tokenizer.json": tokenizer,
+        **images,
+    }
+    write_bundle(target, manifest.model_copy(update={"golden": tuple(golden)}), files)
+    return target
+
+
+def _golden(encoder, decoder, manifest, images, text):
+    session = OnnxSession(encoder, decoder, manifest, threads=1)
+    pixels = [preprocess(Image.open(BytesIO(body)), manifest.image) for body in images.values()]
+    params = BeamParams(**manifest.defaults.model_dump())
+    found = beam_search(session.start(session.encode(np.stack(pixels))), [params] * len(pixels))
+    return [
+        Golden(
+            image=name,
+            token_ids=best.token_ids,
+            text=text.decode(best.token_ids),
+            score=best.score,
+        )
+        for name, [best] in zip(images, found, strict=True)
+    ]
+
+
+def _tokenizer():
+    vocabulary = {word: index for index, word in enumerate([*SPECIALS, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.add_special_tokens(SPECIALS[:3])
+    return tokenizer.to_str().encode()
+
+
+class _Graph:
+    """Collects nodes and weights; every method returns the name of the tensor it made."""
+
+    def __init__(self):
+        self.nodes = []
+        self.weights = []
+
+    def op(self, kind, *inputs, output=None, **attributes):
+        output = output or f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def const(self, value, dtype=np.float32):
+        name = f"w{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.array(value, dtype=dtype), name))
+        return name
+
+    def shape(self, *dims):
+        return self.const(dims, np.int64)
+
+    def finish(self, inputs, outputs):
+        graph = helper.make_graph(self.nodes, "tiny", inputs, outputs, self.weights)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        onnx.checker.check_model(model)
+        return model.SerializeToString()
+
+
+def _floats(names, dims):
+    return [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name in names]
+
+
+def _ints(name, dims):
+    return helper.make_tensor_value_info(name, TensorProto.INT64, dims)
+
+
+def _encoder(seed):
+    rng = np.random.default_rng([seed, 0])
+    g = _Graph()
+    pixels = g.op("Cast", "images", to=TensorProto.FLOAT)
+    total = g.op("ReduceSum", pixels, g.shape(1, 2, 3), keepdims=1)
+    one = g.op("Div", total, total)  # NaN for an all-black image, 1 for any other
+    scaled = g.op("Sub", g.op("Div", pixels, g.const(127.5)), g.const(1.0))
+    planes = g.op("Transpose", g.op("Mul", scaled, one), perm=[0, 3, 1, 2])
+    patches = g.op("AveragePool", planes, kernel_shape=[PATCH] * 2, strides=[PATCH] * 2)
+    tokens = g.op("Transpose", g.op("Reshape", patches, g.shape(0, 3, N)), perm=[0, 2, 1])
+    tokens = g.op("MatMul", tokens, g.const(3.0 * rng.standard_normal((3, D))))
+    tokens = g.op("Tanh", g.op("Add", tokens, g.const(rng.standard_normal((N, D)))))
+    for name in MEMORY:
+        projected = g.op("MatMul", tokens, g.const(rng.standard_normal((D, D)) / 2))
+        heads = g.op("Reshape", projected, g.shape(0, N, HEADS, HEAD_DIM))
+        g.op("Transpose", heads, perm=[0, 2, 1, 3], output=name)
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", SIDE, SIDE, 3])
+    return g.finish([images], _floats(MEMORY, ["B", HEADS, N, HEAD_DIM]))
+
+
+def _attend(g, q, k, v):
+    """q (.., Q, Dh) on k, v (.., S, Dh)."""
+    scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
+    weights = g.op("Softmax", g.op("Div", scores, g.const(HEAD_DIM**0.5)), axis=-1)
+    return g.op("MatMul", weights, v)
+
+
+def _decoder(seed, *, nan=False):
+    rng = np.random.default_rng([seed, 1])
+    g = _Graph()
+
+    def linear(x):
+        return g.op("MatMul", x, g.const(rng.standard_normal((D, D)) / 2))
+
+    x = g.op("Gather", g.const(rng.standard_normal((V, D))), "token_ids")
+    positions = g.const(rng.standard_normal((TEXT.max_length, D)))
+    x = g.op("Add", x, g.op("Gather", positions, "position"))
+    for layer in range(L):
+        keys_values = []
+        for kind in "kv":
+            new = g.op("Reshape", linear(x), g.shape(0, HEADS, 1, HEAD_DIM))
+            past = g.op("Gather", f"past_{kind}.{layer}", "beam_index")
+            present = f"present_{kind}.{layer}"
+            keys_values.append(g.op("Concat", past, new, axis=2, output=present))
+        q = g.op("Reshape", linear(x), g.shape(0, HEADS, 1, HEAD_DIM))
+        heads = g.op("Reshape", _attend(g, q, *keys_values), g.shape(0, D))
+        x = g.op("Tanh", g.op("Add", x, linear(heads)))
+
+        memory = [f"memory_{kind}.{layer}" for kind in "kv"]
+        images = g.op("Slice", g.op("Shape", memory[0]), g.shape(0), g.shape(1))
+        by_image = g.op("Concat", images, g.shape(-1, HEADS, HEAD_DIM), axis=0)
+        q = g.op("Transpose", g.op("Reshape", linear(x), by_image), perm=[0, 2, 1, 3])
+        heads = g.op("Transpose", _attend(g, q, *memory), perm=[0, 2, 1, 3])
+        x = g.op("Tanh", g.op("Add", x, linear(g.op("Reshape", heads, g.shape(-1, D)))))
+
+    unembedding = 0.8 * rng.standard_normal((D, V))
+    if nan:
+        unembedding[0, 0] = np.nan
+    bias, slope = np.zeros(V), np.zeros(V)
+    bias[[TEXT.pad_id, TEXT.bos_id, SPECIALS.index("<unk>")]] = -100.0
+    bias[TEXT.eos_id], slope[TEXT.eos_id] = 0.5, 0.5  # so captions end, sooner or later
+    g_position = g.op("Cast", "position", to=TensorProto.FLOAT)
+    late = g.op("Add", g.op("Mul", g_position, g.const(slope)), g.const(bias))
+    logits = g.op("Add", g.op("MatMul", x, g.const(unembedding)), late)
+    top = g.op("Min", "top_k", g.shape(V))
+    g.nodes.append(
+        helper.make_node(
+            "TopK", [g.op("LogSoftmax", logits, axis=-1), top], ["log_probs", "ids"], axis=-1
+        )
+    )
+    inputs = [
+        _ints("token_ids", ["R"]),
+        _ints("position", []),
+        _ints("beam_index", ["R"]),
+        _ints("top_k", [1]),
+        *_floats(PAST, ["Rp", HEADS, "T", HEAD_DIM]),
+        *_floats(MEMORY, ["B", HEADS, N, HEAD_DIM]),
+    ]
+    outputs = [
+        *_floats(["log_probs"], ["R", "M"]),
+        _ints("ids", ["R", "M"]),
+        *_floats(PRESENT, ["R", HEADS, "T1", HEAD_DIM]),
+    ]
+    return g.finish(inputs, outputs)
