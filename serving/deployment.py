@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MARK = "CUTLINE_CLUSTER"  # stands in the environment of every process that `up` started
-_RAY_START_S = 180
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is kept there
 
 
@@ -151,7 +150,6 @@ def _run(settings: Settings, folder: Path, stop: threading.Event) -> None:
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    _wait_longer_for_ray()
     ray.init(
         address="local",
         num_cpus=max(2, os.cpu_count() or 1),
@@ -177,29 +175,10 @@ def _run(settings: Settings, folder: Path, stop: threading.Event) -> None:
         ray.shutdown()
 
 
-def _wait_longer_for_ray() -> None:
-    """Lets Ray's own processes take longer than its 30 s, which a busy machine needs."""
-    from ray._private import services
-
-    get_node = services.get_node
-
-    def patient(*args: Any) -> Any:
-        end = time.monotonic() + _RAY_START_S
-        while True:
-            try:
-                return get_node(*args)
-            except RuntimeError:  # not registered yet
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.1)
-
-    services.get_node = patient
-
-
 def _drain(folder: Path, at_most_s: float) -> None:
     """Takes no new connections and waits for the requests that run."""
     end = time.monotonic() + at_most_s
-    with suppress(OSError):  # HAProxy is gone: nothing to wait for
+    with suppress(OSError, ValueError):  # HAProxy is gone: nothing to wait for
         stop_listening(folder)
         while running_requests(folder) and time.monotonic() < end:
             time.sleep(0.05)

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -17,6 +18,8 @@ from serving.engine import Engine
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.swap import ModelManager
+
+_PATIENCE_S = 5
 
 
 def serve(settings: Settings) -> None:
@@ -54,16 +57,16 @@ def log_to_stderr() -> None:
 
 
 def announce(settings: Settings, stop: threading.Event) -> None:
-    """Waits until the server captions and prints its address; says why when it does not."""
+    """Waits until the server captions and prints its address; says why when that takes long."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     url = f"http://{host}:{settings.port}"
-    told = ""
+    told, patient_until = "", time.monotonic() + _PATIENCE_S
     while not stop.wait(0.2):
         detail = _not_ready(f"{url}/readyz")
         if not detail:
             print(f"Cutline is ready at {url}", flush=True)
             return
-        if detail != told:
+        if detail != told and time.monotonic() > patient_until:
             print(detail, file=sys.stderr, flush=True)
             told = detail
 

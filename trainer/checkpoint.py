@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[st
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     checksums = {name: _checksum(tensor) for name, tensor in contiguous.items()}
     metadata = {"state": json.dumps(dict(state)), "crc32": json.dumps(checksums)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the same each time: a crash leaves one
     try:
         save_file(contiguous, temporary, metadata=metadata)
         with temporary.open("rb+") as file:

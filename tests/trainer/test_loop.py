@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VIT
+from filelock import FileLock
 
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.errors import CheckpointError
@@ -107,6 +108,14 @@ def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path: Path) -> No
 def test_another_recipe_s_checkpoint_is_refused(shapes, whole_run) -> None:
     with pytest.raises(CheckpointError, match="belongs to a run of 12 steps, this recipe makes 18"):
         finetune.run(recipe(shapes, loop={"epochs": 3}), whole_run)
+
+
+def test_two_cannot_train_in_one_folder(shapes, tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(CheckpointError, match="another process is training there"),
+    ):
+        finetune.run(recipe(shapes), tmp_path)
 
 
 def test_a_run_reads_back_as_the_moving_average(whole_run) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from exports.text import TextSpec, Tokenizer
@@ -16,7 +17,7 @@ from trainer.config import write_resolved
 from trainer.data import Example, describe, read_examples
 from trainer.dataset import CaptionDataset
 from trainer.decoding import TorchSteps, beam_search
-from trainer.errors import DataError
+from trainer.errors import CheckpointError, DataError
 from trainer.loop import TrainingLoop
 from trainer.metrics import bleu, cider, distinct
 from trainer.photos import load_all, usable_examples
@@ -27,8 +28,20 @@ from trainer.transforms import Transform
 
 
 def run(config: Config, out_dir: Path) -> None:
-    """Trains (or goes on training) the recipe's captioner in `out_dir`."""
+    """Trains (or goes on training) the recipe's captioner in `out_dir`.
+
+    Raises:
+        CheckpointError: another process trains there, or the run there is of another recipe.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out_dir / ".lock", timeout=0):
+            _train(config, out_dir)
+    except Timeout as error:
+        raise CheckpointError(f"{out_dir}: another process is training there") from error
+
+
+def _train(config: Config, out_dir: Path) -> None:
     examples = read_captioned(config.data.train, config.data.images, config.data.train_split)
     text, tokenizer = _tokenizer(config, examples, out_dir)
     write_resolved(config, out_dir / "recipe.json")

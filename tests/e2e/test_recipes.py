@@ -1,0 +1,80 @@
+"""The shipped model's recipes on a few drawings: the real sizes, the real stages."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from exports.bundle import Bundle
+from exports.manifest import Generation
+from serving.captioner import Captioner as Served
+from serving.captioner import Params
+from trainer.config import read_recipe, validate
+from trainer.decoding import TorchSteps, beam_search
+from trainer.graphs import round_weights
+from trainer.run import Run
+from trainer.stages import export, finetune, shapecaps
+
+RECIPES = Path("trainer/recipes")
+
+
+def load(stage, path: str, *overrides: str):
+    return validate(stage.Config, read_recipe(RECIPES / path, overrides), path)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_s_recipes_end_in_a_bundle_that_serves(tmp_path: Path) -> None:
+    shapes = tmp_path / "shapes"
+    shapecaps.run(shapecaps.Config(images=72, side=192, dev=8), shapes)
+    train, dev = shapes / "captions_train.json", shapes / "captions_dev.json"
+    data = (f"data.train={train}", f"data.dev={dev}", "data.dev_images=8", "loop.epochs=2")
+    finetune.run(load(finetune, "flickr8k/base.toml", *data), tmp_path / "base")
+    second = (*data, f"start={tmp_path / 'base'}", "loop.epochs=1")
+    finetune.run(load(finetune, "flickr8k/scst.toml", *second), tmp_path / "scst")
+    run = (f"run={tmp_path / 'scst'}", f"data={dev}", "parity_images=8", "golden=[]")
+    export.run(load(export, "flickr8k/export.toml", *run), tmp_path / "scst")
+
+    bundle = Bundle.open(tmp_path / "scst/bundle")
+    assert sum(len(body) for body in bundle.files().values()) < 20e6
+    assert bundle.manifest.provenance["recipe"]["start"]["objective"]["name"] == "lm"
+    served = Served.load(tmp_path / "scst/bundle", threads=2)
+    reference = TorchSteps(round_weights(Run(tmp_path / "scst").captioner()))
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 192, 192, 3), np.uint8)
+    generation = Generation(num_captions=4)
+    ours = beam_search(reference, pixels, generation)
+    theirs = served.caption_batch(pixels, [Params.of(generation)] * len(pixels))
+    assert [[h.token_ids for h in one] for one in ours] == [
+        [c.token_ids for c in one] for one in theirs
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_survives_being_killed_again_and_again(tmp_path: Path) -> None:
+    shapecaps.run(shapecaps.Config(images=96, side=32, dev=16), tmp_path)
+    overrides = [
+        f"data.train={tmp_path / 'captions_train.json'}",
+        f"data.dev={tmp_path / 'captions_dev.json'}",
+        *("image.height=32", "image.width=32", "loop.save_every=2", "loop.epochs=8"),
+    ]
+    command = [sys.executable, "-m", "trainer", "finetune", str(RECIPES / "tiny/finetune.toml")]
+    subprocess.run([*command, *overrides, "--out", str(tmp_path / "whole")], check=True)
+    draw = random.Random(0)
+    kills = 0
+    while True:
+        process = subprocess.Popen([*command, *overrides, "--out", str(tmp_path / "killed")])
+        try:
+            process.wait(timeout=draw.uniform(5, 9) + 2 * kills)
+            break
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 1
+    for name in ("log.jsonl", "last.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
