@@ -35,7 +35,7 @@ from trainer.run import Run
 
 BATCHES = (1, 8, 32)
 TURN = 32  # images, or four batches if those are more, before the next side has its turn
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif"}
 HEAD = """\
 | batch | side | ms an image | against `generate` | encoder | steps | outside | same captions |
 |---|---|---|---|---|---|---|---|"""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from exports.manifest import Generation
 from trainer.captioner import Captioner
@@ -179,6 +180,23 @@ def beam_search(
             break
         previous_rows, rows = rows, (width if position + 1 > len(prefix) else 1)
     return [search.finished[: generation.num_captions] for search in searches]
+
+
+def best_hypotheses(
+    model: StepModel,
+    images: NDArray[np.uint8],
+    generation: Generation,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[Hypothesis]:
+    """Returns the best hypothesis of every image of images (n, H, W, 3), batch by batch."""
+    best: list[Hypothesis] = []
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, desc="captioning", disable=None if progress else True):
+        found = beam_search(model, images[start : start + batch_size], generation)
+        best += [hypotheses[0] for hypotheses in found]
+    return best
 
 
 def _candidates(

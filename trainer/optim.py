@@ -1,13 +1,14 @@
-"""AdamW groups, the cosine schedule and the moving average of the weights."""
+"""What is trained and how fast: freezing, AdamW groups, the schedule, the moving average."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.config import Config
+from trainer.errors import ConfigError
 
 
 class Optim(Config):
@@ -22,6 +23,21 @@ class Optim(Config):
     """Share of the rate that is left at the end of the cosine."""
     scales: dict[str, float] = Field(default_factory=dict)
     """Parameter prefix -> factor on `lr`, e.g. `{ "captioner.encoder" = 0.1 }`."""
+
+
+def freeze_prefixes(module: nn.Module, prefixes: Sequence[str]) -> None:
+    """Turns gradients off for parameters whose dotted name begins with one of `prefixes`.
+
+    Raises:
+        ConfigError: a prefix that names no parameter.
+    """
+    for prefix in prefixes:
+        hit = [p for name, p in module.named_parameters() if name.startswith(prefix)]
+        if not hit:
+            tops = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
+            raise ConfigError(f"frozen = {prefix!r} names no parameter; they begin with {tops}")
+        for parameter in hit:
+            parameter.requires_grad_(False)
 
 
 def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.AdamW:

@@ -52,6 +52,14 @@ class Parity:
             raise ParityError(f"the exported graphs differ from the model: {'; '.join(faults)}")
         return self
 
+    def __str__(self) -> str:
+        """Returns one line for people."""
+        return (
+            f"log-probabilities within {self.largest_log_prob_difference:.1e}, "
+            f"{self.n_best_equal} of {self.n_best_lists} n-best lists and "
+            f"{self.captions_equal} of {self.captions} captions equal"
+        )
+
     def as_json(self) -> dict[str, float]:
         """Returns the fields by name."""
         return asdict(self)

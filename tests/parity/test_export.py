@@ -19,7 +19,7 @@ from trainer.decoding import TorchSteps, beam_search
 from trainer.errors import ParityError
 from trainer.graphs import export_decoder, export_encoder, round_weights
 from trainer.onnx_steps import OnnxSteps
-from trainer.parity import compare
+from trainer.parity import Parity, compare
 from trainer.photos import load_pixels
 from trainer.stages import export, finetune
 
@@ -144,6 +144,19 @@ def test_the_server_s_captions_are_the_trainer_s(exported: tuple[Path, Path]) ->
 
 def finetune_captioner(run: Path) -> Captioner:
     return export.Run(run).captioner()
+
+
+def test_a_failed_check_writes_no_bundle(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch
+) -> None:
+    run, _ = exported
+    differing = Parity(1e-5, 1.0, n_best_lists=9, n_best_equal=9, captions=3, captions_equal=2)
+    monkeypatch.setattr(export, "compare", lambda *_: differing)
+    card = {"description": "d", "data": "d", "licence": "l", "failures": "f"}
+    table = {"run": run, "name": "photos", "data": run.parent / "photos.csv", "card": card}
+    with pytest.raises(ParityError, match="2 of 3 captions are equal"):
+        export.run(export.Config.model_validate(table), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bundle_tells_where_it_came_from_and_no_path(exported: tuple[Path, Path]) -> None:

@@ -8,8 +8,9 @@ from conftest import CNN, TEXT, VIT
 from safetensors.torch import save_file
 
 from trainer import variants
-from trainer.encoders._timm import freeze_prefixes, load_backbone
+from trainer.encoders._timm import load_backbone
 from trainer.errors import CheckpointError, ConfigError
+from trainer.optim import freeze_prefixes
 
 ENCODERS = {"timm_cnn": CNN, "timm_vit": VIT}
 

@@ -86,6 +86,17 @@ def test_workers_do_not_change_the_losses(shapes, whole_run, tmp_path: Path) -> 
     assert log(tmp_path) == log(whole_run)
 
 
+def test_a_run_tells_tensorboard_too(whole_run) -> None:
+    assert list((whole_run / "tensorboard").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("mode", ["bf16", "fp16"])
+def test_half_precision_stays_near_full(shapes, whole_run, tmp_path: Path, mode: str) -> None:
+    finetune.run(recipe(shapes, loop={"autocast": mode}), tmp_path)
+    for half, full in zip(log(tmp_path), log(whole_run), strict=True):
+        assert half["loss"] == pytest.approx(full["loss"], abs=0.05)
+
+
 def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path: Path) -> None:
     # Every caption of a drawing has another length, so batches of equal weight need equal tokens:
     # one caption an image, cut to the same few tokens by a short decoder.

@@ -1,7 +1,6 @@
 """What the timm families share: building, normalising, loading and freezing."""
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,18 +143,3 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and wrapper in state:
             state = state[wrapper]
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def freeze_prefixes(module: nn.Module, prefixes: Sequence[str]) -> None:
-    """Turns gradients off for parameters whose dotted name begins with one of `prefixes`.
-
-    Raises:
-        ConfigError: a prefix that names no parameter.
-    """
-    for prefix in prefixes:
-        hit = [p for name, p in module.named_parameters() if name.startswith(prefix)]
-        if not hit:
-            tops = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
-            raise ConfigError(f"frozen = {prefix!r} names no parameter; they begin with {tops}")
-        for parameter in hit:
-            parameter.requires_grad_(False)

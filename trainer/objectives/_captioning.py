@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from trainer.captioner import Captioner
 from trainer.config import Config as BaseConfig
-from trainer.encoders._timm import freeze_prefixes
 from trainer.objective import Objective
+from trainer.optim import freeze_prefixes
 
 IGNORE_INDEX = -100
 

@@ -21,7 +21,7 @@ from exports.text import Tokenizer
 from trainer import variants
 from trainer.config import Config as BaseConfig
 from trainer.data import Example
-from trainer.decoding import Hypothesis, StepModel, TorchSteps, beam_search
+from trainer.decoding import Hypothesis, StepModel, TorchSteps, best_hypotheses
 from trainer.intervals import Interval, bootstrap, paired_difference
 from trainer.metrics import cider
 from trainer.onnx_steps import OnnxSteps
@@ -86,16 +86,6 @@ class Model:
             run.recipe.generation,
         )
 
-    def caption_all(
-        self, pixels: NDArray[np.uint8], generation: Generation, *, batch_size: int = 32
-    ) -> list[Hypothesis]:
-        """Returns the best hypothesis of every image of pixels (n, H, W, 3)."""
-        best = []
-        for start in tqdm(range(0, len(pixels), batch_size), desc="captioning", disable=None):
-            found = beam_search(self.steps, pixels[start : start + batch_size], generation)
-            best += [hypotheses[0] for hypotheses in found]
-        return best
-
 
 def run(config: Config, out_dir: Path) -> None:
     """Prints the figures; writes `figures.json`, `captions.jsonl` and `sheet.html` to `out_dir`."""
@@ -103,7 +93,7 @@ def run(config: Config, out_dir: Path) -> None:
     examples = read_captioned(config.data, config.images, config.split)
     pixels = load_all(examples, model.image)
     generation = Generation.model_validate(model.generation.model_dump() | config.generation)
-    found = model.caption_all(pixels, generation, batch_size=config.batch_size)
+    found = best_hypotheses(model.steps, pixels, generation, batch_size=config.batch_size)
     captions = [model.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
     references = [example.captions for example in examples]
     figures = score_all(references, captions)

@@ -23,7 +23,7 @@ from exports.images import preprocess
 from exports.manifest import Golden, Manifest
 from trainer.config import Config as BaseConfig
 from trainer.data import Example
-from trainer.decoding import StepModel, TorchSteps, beam_search
+from trainer.decoding import StepModel, TorchSteps, beam_search, best_hypotheses
 from trainer.errors import ConfigError
 from trainer.graphs import export_decoder, export_encoder, round_weights
 from trainer.intervals import Interval
@@ -81,7 +81,7 @@ def run(config: Config, out_dir: Path) -> None:
     parity = compare(TorchSteps(captioner), steps, shown, generation).check()
     print(f"parity: {parity}")
     model = Model(config.name, steps, source.tokenizer, source.recipe.image, generation)
-    found = model.caption_all(pixels, generation)
+    found = best_hypotheses(steps, pixels, generation)
     captions = [source.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
     references = [example.captions for example in examples]
     figures = score_all(references, captions)

@@ -3,12 +3,9 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
 from exports.text import TextSpec, Tokenizer
 from trainer import variants
@@ -16,7 +13,7 @@ from trainer.captioner import Captioner
 from trainer.config import write_resolved
 from trainer.data import Example, describe, read_examples
 from trainer.dataset import CaptionDataset
-from trainer.decoding import TorchSteps, beam_search
+from trainer.decoding import TorchSteps, best_hypotheses
 from trainer.errors import CheckpointError, DataError
 from trainer.loop import TrainingLoop
 from trainer.metrics import bleu, cider, distinct
@@ -117,25 +114,10 @@ def _evaluation(
 
     def evaluate(epoch: int) -> dict[str, float]:
         del epoch
-        captions = caption_all(captioner, tokenizer, pixels, config.generation)
+        steps = TorchSteps(captioner)
+        best = best_hypotheses(steps, pixels, config.generation, progress=False)
+        captions = [tokenizer.decode(hypothesis.token_ids) for hypothesis in best]
         figures = [m.score(references, captions).corpus for m in (cider, bleu, distinct)]
         return {f"dev/{name}": value for part in figures for name, value in part.items()}
 
     return evaluate
-
-
-def caption_all(
-    captioner: Captioner,
-    tokenizer: Tokenizer,
-    pixels: NDArray[np.uint8],
-    generation: Any,
-    *,
-    batch_size: int = 32,
-) -> list[str]:
-    """Returns the best caption of every image of pixels (n, H, W, 3)."""
-    model = TorchSteps(captioner)
-    captions = []
-    for start in range(0, len(pixels), batch_size):
-        found = beam_search(model, pixels[start : start + batch_size], generation)
-        captions += [tokenizer.decode(best[0].token_ids) for best in found]
-    return captions
