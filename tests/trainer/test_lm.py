@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CNN, TEXT
+from tiny_captioner import CNN, TEXT
 
 from trainer.objectives._captioning import IGNORE_INDEX, labels_of
 from trainer.objectives.lm import Config, Objective

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT
 from test_loop import log, recipe
+from tiny_captioner import TEXT
 
 from trainer.decoding import sample
 from trainer.errors import ConfigError

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CNN, TEXT, VIT
 from safetensors.torch import save_file
+from tiny_captioner import CNN, TEXT, VIT
 
 from trainer import variants
 from trainer.encoders._timm import load_backbone
