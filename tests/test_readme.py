@@ -67,7 +67,7 @@ def test_the_tree_is_the_disk_s() -> None:
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
     present = {path.split("/")[0] for path in tracked}
-    assert listed == {name for name in present if not name.startswith(".")} | {".ci"}
+    assert listed == {name for name in present if not name.startswith(".")} | {".ci/run"}
     folder = ""
     for line in tree.splitlines():
         if match := re.match(r"(  )?([\w./-]+)(  +\S.*)?$", line):
