@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxscript.optimizer
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ def export_encoder(captioner: Captioner) -> tuple[bytes, EncoderSpec]:
     """Returns the encoder graph, uint8 images (B, H, W, 3) to the decoder's memory."""
     spec = EncoderSpec(outputs=_names("memory", captioner.decoder.layers))
     pixels = torch.zeros(2, captioner.image.height, captioner.image.width, 3, dtype=torch.uint8)
-    # Unoptimised: BatchNorm is left for the session to fold, after the weights are widened. Folded
-    # here, other numbers would be rounded than those of the captioner.
+    # Constants are folded, but not BatchNorm: the session folds it after the weights are widened.
+    # Folded here, other numbers would be rounded than those of the captioner.
     model = _export(
         _EncoderGraph(captioner),
         (pixels,),
@@ -154,6 +155,8 @@ def _export(
             verbose=False,
         )
     assert program is not None  # it is with dynamo=True
+    if not optimize:
+        onnxscript.optimizer.fold_constants(program.model)
     return program.model_proto
 
 
