@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from exports.bundle import Bundle
 from exports.manifest import Generation
 from serving.captioner import Captioner as Served
 from serving.captioner import Params
+from trainer.checkpoint import load_checkpoint
 from trainer.config import read_recipe, validate
 from trainer.decoding import TorchSteps, beam_search
 from trainer.graphs import round_weights
@@ -73,8 +75,13 @@ def test_a_run_survives_being_killed_again_and_again(tmp_path: Path) -> None:
         process.wait()
     assert kills >= 3
     subprocess.run([*command, *overrides, "--out", str(tmp_path / "killed")], check=True)
-    for name in ("log.jsonl", "last.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    logs = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    whole, killed = (
+        load_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 def _steps(folder: Path) -> int:
