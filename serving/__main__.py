@@ -89,7 +89,7 @@ def _caption(arguments: argparse.Namespace, settings: Settings) -> int:
     captioner = Captioner.load(bundle.path, threads=settings.threads, provider=settings.provider)
     chosen = {name: getattr(arguments, name) for name in _GENERATION}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    params = Params(**{**captioner.manifest.defaults.model_dump(), **chosen})
+    params = Params.of(captioner.manifest.defaults, **chosen)
     captioner.check(params)
     failed = False
     for path, result in _captioned(arguments.photos, captioner, params, settings):

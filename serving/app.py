@@ -3,13 +3,13 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
@@ -22,6 +22,7 @@ from serving.decode_image import ImageLimits, decode_image
 from serving.edge import Edge, until_gone
 from serving.engine import Engine
 from serving.errors import CaptionError, DeadlineExceeded, NotReady, UnknownModel
+from serving.limits import Budget
 from serving.metrics import Metrics
 from serving.openapi import captions_operation, describe, documented
 from serving.problem import plain_problem, problem
@@ -34,6 +35,7 @@ from serving.schema import (
     ImageAnswer,
     ModelsAnswer,
 )
+from serving.session import Pixels
 from serving.settings import Settings
 from serving.swap import ModelManager
 
@@ -60,20 +62,24 @@ class _Server:
     engine: Engine
     metrics: Metrics
     limits: ImageLimits
-    decoders: CapacityLimiter
+    decoders: ThreadPoolExecutor
+    held_bytes: Budget
+    held_images: Budget
 
 
 def create_app(
     settings: Settings, manager: ModelManager, engine: Engine, metrics: Metrics
 ) -> FastAPI:
-    """Returns the app; its lifespan starts the manager, and closes manager and engine."""
+    """Returns the app; its lifespan starts the manager, and closes what works for the app."""
+    decoders = ThreadPoolExecutor(settings.decode_threads, "cutline-decode")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         manager.start()
         yield
         manager.close()
-        await to_thread.run_sync(engine.close)
+        await asyncio.to_thread(engine.close)
+        decoders.shutdown(wait=False, cancel_futures=True)
 
     metrics.watch_queue(lambda: engine.waiting)
     app = FastAPI(
@@ -91,7 +97,17 @@ def create_app(
         engine,
         metrics,
         ImageLimits(max_pixels=settings.max_pixels),
-        CapacityLimiter(settings.decode_threads),
+        decoders,
+        # A lone body always fits.
+        Budget(
+            max(settings.max_held_bytes, settings.max_body_bytes),
+            "The server holds as many bytes of requests as it has room for.",
+        ),
+        # The engine counts what waits for it; images that wait to be decoded count here.
+        Budget(
+            settings.max_queue + settings.max_batch_size,
+            "As many images wait already as the server has room for.",
+        ),
     )
     app.include_router(_api)
     app.include_router(_pages)
@@ -122,11 +138,13 @@ async def post_captions(request: Request) -> Response:
     """
     server = _server(request)
     captioner = _ready(server)
-    call = await read_call(request, server.settings)
-    _check_model(call.parameters.model, captioner)
-    params = _params(captioner, call.parameters)
-    captioner.check(params)
-    results = await until_gone(request.receive, _caption_all(server, captioner, call, params))
+    with server.held_bytes.share() as take_bytes, server.held_images.share() as take_images:
+        call = await read_call(request, server.settings, take_bytes)
+        _check_model(call.parameters.model, captioner)
+        params = _params(captioner, call.parameters)
+        captioner.check(params)
+        take_images(len(call.images))
+        results = await until_gone(request.receive, _caption_all(server, captioner, call, params))
     answer = CaptionsAnswer(
         model=captioner.name,
         version=captioner.version,
@@ -210,7 +228,7 @@ def _check_model(reference: str, captioner: Captioner) -> None:
 
 def _params(captioner: Captioner, given: CaptionParameters) -> Params:
     chosen = given.model_dump(exclude_unset=True, exclude={"model"})
-    return Params(**{**captioner.manifest.defaults.model_dump(), **chosen})
+    return Params.of(captioner.manifest.defaults, **chosen)
 
 
 async def _caption_all(
@@ -228,9 +246,7 @@ async def _caption_all(
 
     async def one(place: int, body: bytes) -> list[Caption]:
         try:
-            pixels = await to_thread.run_sync(
-                decode_image, body, captioner.image_spec, server.limits, limiter=server.decoders
-            )
+            pixels = await _decoded(server, captioner, body)
             return await server.engine.submit(captioner, pixels, params, deadline)
         except CaptionError as error:
             if total > 1:
@@ -245,6 +261,19 @@ async def _caption_all(
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+async def _decoded(server: _Server, captioner: Captioner, body: bytes) -> Pixels:
+    """Decodes on one of the threads for it, which stays taken though the client may have left."""
+    waiting = [body]
+
+    def decode() -> Pixels:
+        return decode_image(waiting.pop(), captioner.image_spec, server.limits)
+
+    try:
+        return await asyncio.get_running_loop().run_in_executor(server.decoders, decode)
+    finally:
+        waiting.clear()  # what is cancelled stays in the pool until its turn: not so its bytes
 
 
 async def _on_caption_error(request: Request, error: Exception) -> Response:

@@ -1,8 +1,10 @@
 """A loaded bundle: pixels in, captions out."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +16,10 @@ from exports.text import Tokenizer
 from serving.beam import BeamParams, Hypothesis, beam_search
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionError, CaptionFailed, ParameterError
+from serving.limits import MAX_LENGTH_PENALTY
 from serving.session import Observer, OnnxSession, Pixels, Provider
 
-_MAX_PENALTY = 10.0  # beyond it, scores leave float32
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,9 @@ class Params:
     prefix: str = ""
 
     @classmethod
-    def of(cls, defaults: Generation, *, prefix: str = "") -> "Params":
-        """Returns a bundle's defaults as parameters."""
-        return cls(**defaults.model_dump(), prefix=prefix)
+    def of(cls, defaults: Generation, **chosen: Any) -> "Params":
+        """Returns a bundle's defaults, but for the fields that are chosen."""
+        return cls(**{**defaults.model_dump(), **chosen})
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +83,10 @@ class Captioner:
             raise BundleRejected(str(error)) from error
         try:
             session = OnnxSession(encoder, decoder, manifest, threads=threads, provider=provider)
+        except BundleRejected as error:
+            raise BundleRejected(f"{path}: {error.detail}") from error
         except Exception as error:  # ONNX Runtime's errors share no base but this
-            raise BundleRejected(f"{path}: the graphs do not load: {error}") from error
+            raise _not_shown(f"{path}: the graphs do not load") from error
         captioner = cls(manifest, tokenizer, session)
         captioner._prove(bundle)
         return captioner
@@ -160,9 +165,9 @@ class Captioner:
             f"0 to {longest}, the longest caption that these parameters allow",
         )
         _require(
-            abs(params.length_penalty) <= _MAX_PENALTY,
+            abs(params.length_penalty) <= MAX_LENGTH_PENALTY,
             "length_penalty",
-            f"{-_MAX_PENALTY:g} to {_MAX_PENALTY:g}",
+            f"{-MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}",
         )
         _require(params.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "0 or more")
         values = asdict(params)
@@ -184,7 +189,7 @@ class Captioner:
         except CaptionError as error:
             raise BundleRejected(f"{bundle.path}: {error.detail}") from error
         except Exception as error:  # a graph may fail in any way
-            raise BundleRejected(f"{bundle.path}: the graphs do not run: {error}") from error
+            raise _not_shown(f"{bundle.path}: the graphs do not run") from error
         for entry, captions in zip(golden, found, strict=True):
             if isinstance(captions, CaptionFailed):
                 raise BundleRejected(f"{bundle.path}: {entry.image} gets no caption at all")
@@ -193,6 +198,12 @@ class Captioner:
                     f"{bundle.path}: {entry.image} is captioned {captions[0].text!r},"
                     f" but the manifest promises {entry.text!r}"
                 )
+
+
+def _not_shown(what: str) -> BundleRejected:
+    """Logs the error that is being handled; its words, ONNX Runtime's, are not for clients."""
+    logger.exception(what)
+    return BundleRejected(f"{what}; the server's log says why")
 
 
 def _require(holds: bool, name: str, allowed: str) -> None:

@@ -42,16 +42,27 @@ class CaptionService:
     """One replica: a model manager, an engine and the app over them.
 
     Serve stops routing to a replica while `reconfigure` runs and kills it if that raises, so here
-    it only leaves a note for the manager's thread.
+    it only leaves a note for the manager's thread. But Serve calls a replica running as soon as it
+    is made, and in a rolling update ends an old one for it: so it is made with a model.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Makes the parts; the app's lifespan starts them."""
+        """Loads the model of the settings; the app's lifespan starts the other parts.
+
+        Raises:
+            RuntimeError: There is no model to serve. Under `up`, which says why and has nothing
+                else to serve, the replica waits for one instead.
+        """
         log_to_stderr()
-        if _MARK in os.environ:
+        alone = _MARK in os.environ
+        if alone:
             _keep_to_loopback()
         self._metrics = Metrics()
         self._manager = ModelManager(settings, self._metrics)
+        self._manager.check()
+        status = self._manager.status()
+        if status.last_error and not alone:
+            raise RuntimeError(f"no model to serve: {status.reference}: {status.last_error.reason}")
         self._engine = Engine(
             max_batch_size=settings.max_batch_size,
             max_queue=settings.max_queue,

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 Result = list[Caption] | CaptionError
 
 _LONGEST_RETRY_S = 60
+# Every image of a batch has as many rows as the widest search in it: this many on average at most.
+_ROWS_PER_IMAGE = 8
 
 
 class EngineMetrics(Observer, Protocol):
@@ -69,6 +71,7 @@ class Engine:
             metrics: Is told what happens.
         """
         self._max_batch_size = max_batch_size
+        self._max_rows = _ROWS_PER_IMAGE * max_batch_size
         self._max_queue = max_queue
         self._metrics = metrics
         self._queue: deque[_Waiter] = deque()
@@ -173,7 +176,10 @@ class Engine:
         return True
 
     def _next_batch(self) -> list[_Waiter]:
-        """Waits for images, takes those that share the oldest one's captioner; empty: closed."""
+        """Waits for images, takes those that share the oldest one's captioner; empty: closed.
+
+        One that would make the batch too wide waits for the next, where it is among the oldest.
+        """
         with self._changed:
             while not self._queue:
                 if self._closed:
@@ -182,9 +188,18 @@ class Engine:
             captioner = self._queue[0].captioner
             batch: list[_Waiter] = []
             others: deque[_Waiter] = deque()
+            widest = 0
             for waiter in self._queue:
-                fits = waiter.captioner is captioner and len(batch) < self._max_batch_size
-                (batch if fits else others).append(waiter)
+                width = max(widest, waiter.params.num_beams)
+                if (
+                    waiter.captioner is captioner
+                    and len(batch) < self._max_batch_size
+                    and (not batch or (len(batch) + 1) * width <= self._max_rows)
+                ):
+                    batch.append(waiter)
+                    widest = width
+                else:
+                    others.append(waiter)
             self._queue = others
             return batch
 

@@ -1,12 +1,14 @@
 """What can go wrong while serving, as one tree.
 
 CaptionError                    500
+ +- MalformedRequest            400  the body is not what its type says
  +- UndecodableImage            400  an image type that we read, but the bytes are damaged
  +- UnknownModel                404
+ +- BodyTimeout                 408  the body did not arrive in time
  +- ImageTooLarge               413  more bytes or pixels than the limits allow
  +- NotAnImage                  415
  +- ParameterError              422
- +- QueueFull                   429  carries `retry_after`, whole seconds
+ +- QueueFull                   429  no room for more; carries `retry_after`, whole seconds
  +- CaptionFailed               500  the model gave no caption for this image
  +- BundleRejected              500  a bundle that must not be served; never reaches a client
  +- NotReady                    503
@@ -31,6 +33,13 @@ class CaptionError(Exception):
         self.detail = detail
 
 
+class MalformedRequest(CaptionError):
+    """The body is not what its type says."""
+
+    status = 400
+    title = "Malformed request"
+
+
 class UndecodableImage(CaptionError):
     """The body claims an image type that we read, but it does not decode."""
 
@@ -43,6 +52,13 @@ class UnknownModel(CaptionError):
 
     status = 404
     title = "Unknown model"
+
+
+class BodyTimeout(CaptionError):
+    """The body did not arrive in time."""
+
+    status = 408
+    title = "Request timeout"
 
 
 class ImageTooLarge(CaptionError):
@@ -67,7 +83,7 @@ class ParameterError(CaptionError):
 
 
 class QueueFull(CaptionError):
-    """More images wait than the queue holds."""
+    """More images or bytes of requests would be held than the server has room for."""
 
     status = 429
     title = "Queue full"
@@ -86,7 +102,7 @@ class CaptionFailed(CaptionError):
 
 
 class BundleRejected(CaptionError):
-    """A bundle is damaged, or its graphs do not do what its manifest promises."""
+    """A bundle is damaged, or its graphs do not run here or not as its manifest promises."""
 
     status = 500
     title = "Bundle rejected"

@@ -9,7 +9,6 @@ bare 500, and a client may switch off the timeouts. So a script edits them first
 
 import shlex
 import socket
-import stat
 from http import HTTPStatus
 from pathlib import Path
 from secrets import token_hex
@@ -22,6 +21,13 @@ _FRONTEND = "http_frontend"
 # Ray acts upon these headers of a request: the first sets the time limit, the second lets a request
 # run on when its client has gone.
 _REFUSED_HEADERS = ("x-request-timeout-seconds", "x-request-disconnect-disabled")
+_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+# Where a pod has what `environment` chooses anew on one machine; the ports are Ray's own.
+POD = {
+    _BINARY: "/opt/haproxy/haproxy.sh",
+    "RAY_SERVE_HAPROXY_STATS_PORT": "8404",
+    "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
+}
 _OWN_ERRORS = {
     502: "The server broke off its answer; send the request again.",
     503: "No replica of the server takes requests now; try again in a moment.",
@@ -64,7 +70,7 @@ def environment(settings: Settings, folder: Path, haproxy: Path) -> dict[str, st
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": 0.1,
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": 0,
         # Ray puts a folder of the node's name between: all paths must stay short.
-        "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy,
+        _BINARY: haproxy,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": folder / "haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": folder / _ADMIN_SOCKET,
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
@@ -104,7 +110,7 @@ def write_start_script(folder: Path, binary: Path, environment_of: dict[str, str
             for name in _REFUSED_HEADERS
         ),
     ]
-    script = Path(environment_of["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    script = Path(environment_of[_BINARY])
     script.write_text(
         "#!/bin/sh\n"
         "# Ray calls this as HAProxy: -db -f CONFIGURATION ...\n"
@@ -112,7 +118,12 @@ def write_start_script(folder: Path, binary: Path, environment_of: dict[str, str
         '"$3" || exit 1\n'
         f'exec {shlex.quote(str(binary))} "$@"\n'
     )
-    script.chmod(stat.S_IRWXU)
+    script.chmod(0o755)  # in a container image, whoever runs it is not who wrote it
+
+
+def write_pod_script(folder: Path, binary: Path) -> None:
+    """Writes the start script of a pod to `folder`; the Dockerfile calls this."""
+    write_start_script(folder, binary, POD | {_BINARY: str(folder / Path(POD[_BINARY]).name)})
 
 
 def stop_listening(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The server in one plain process: uvicorn and nothing else."""
 
+import http.client
 import json
 import logging
 import math
@@ -7,9 +8,7 @@ import signal
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from contextlib import suppress
+from http import HTTPStatus
 
 import uvicorn
 
@@ -62,7 +61,7 @@ def announce(settings: Settings, stop: threading.Event) -> None:
     url = f"http://{host}:{settings.port}"
     told, patient_until = "", time.monotonic() + _PATIENCE_S
     while not stop.wait(0.2):
-        detail = _not_ready(f"{url}/readyz")
+        detail = _not_ready(settings)
         if not detail:
             print(f"Cutline is ready at {url}", flush=True)
             return
@@ -71,14 +70,16 @@ def announce(settings: Settings, stop: threading.Event) -> None:
             told = detail
 
 
-def _not_ready(url: str) -> str:
+def _not_ready(settings: Settings) -> str:
     """Returns why the server is not ready; empty if it is."""
+    # No urllib: it would ask a proxy of the environment for this machine.
+    connection = http.client.HTTPConnection(settings.host, settings.port, timeout=5)
     try:
-        with urllib.request.urlopen(url, timeout=5):
-            return ""
-    except urllib.error.HTTPError as error:
-        with suppress(ValueError, KeyError):  # Ray's own answers are no problem+json
-            return str(json.loads(error.read())["detail"])
-    except OSError:
-        pass
-    return "The server starts."
+        connection.request("GET", "/readyz")
+        answer = connection.getresponse()
+        return "" if answer.status == HTTPStatus.OK else str(json.loads(answer.read())["detail"])
+    # Nobody listens yet, or it is no answer of ours: Ray's own are no problem+json.
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return "The server starts."
+    finally:
+        connection.close()

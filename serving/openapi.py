@@ -24,7 +24,7 @@ MEANINGS = {
     413: "Too many bytes in the body, or too many pixels in an image",
     415: "The body, or an image in it, is of a type that this server does not read",
     422: "A parameter is unknown, given twice, or out of range",
-    429: "The queue is full; `Retry-After` says when to come back",
+    429: "The server has no room for more; `Retry-After` says when to come back",
     500: "The model gave no caption, or the server failed",
     503: "No model is loaded yet",
     504: "The deadline passed before the captions were there",

@@ -19,27 +19,21 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.types import Receive
 
-from serving.errors import CaptionError, ImageTooLarge, NotAnImage, ParameterError
+from serving.errors import (
+    BodyTimeout,
+    ImageTooLarge,
+    MalformedRequest,
+    NotAnImage,
+    ParameterError,
+)
+from serving.limits import Take
 from serving.schema import CaptionParameters
 from serving.settings import Settings
 
 _TYPES = "image/*, multipart/form-data or application/json"
 _KNOWN = tuple(CaptionParameters.model_fields)
+_CHARSETS = (b"utf-8", b"us-ascii")
 _SLICE = 256 * 1024
-
-
-class MalformedRequest(CaptionError):
-    """The body is not what its type says."""
-
-    status = 400
-    title = "Malformed request"
-
-
-class BodyTimeout(CaptionError):
-    """The body did not arrive in time."""
-
-    status = 408
-    title = "Request timeout"
 
 
 class ClientGone(Exception):
@@ -54,10 +48,16 @@ class CaptionCall:
     parameters: CaptionParameters
 
 
-async def read_call(request: Request, settings: Settings) -> CaptionCall:
+async def read_call(request: Request, settings: Settings, take: Take) -> CaptionCall:
     """Reads a request in any of its three forms.
 
+    Args:
+        request: Its body has not been read.
+        settings: Bound the body.
+        take: Is told of the bytes of each part as it comes, and raises QueueFull.
+
     Raises:
+        QueueFull: The server holds too many bytes of bodies.
         NotAnImage: The body's type is none of the three.
         MalformedRequest: The body is empty, or not what its type says.
         ImageTooLarge: The body has too many bytes.
@@ -69,22 +69,24 @@ async def read_call(request: Request, settings: Settings) -> CaptionCall:
     query = _once(request.query_params.multi_items())
     if kind == "application/json":
         return await asyncio.to_thread(
-            _from_json, await _body(request, settings), query, settings.max_images
+            _from_json, await _body(request, settings, take), query, settings.max_images
         )
     if kind == "multipart/form-data":
-        body = await _body(request, settings)
-        return await _from_form(request.headers, body, query, settings)
+        boundary = _boundary(request.headers["content-type"])
+        body = await _body(request, settings, take)
+        return await _from_form(request.headers, boundary, body, query, settings)
     if not kind.startswith("image/"):
         shown = _shown(kind) if kind else "no Content-Type"
         raise NotAnImage(f"The body must be {_TYPES}; this one has {shown}.")
     parameters = _parameters(query)  # before the body: a wrong name need not cost an upload
-    return CaptionCall([await _body(request, settings)], parameters)
+    return CaptionCall([await _body(request, settings, take)], parameters)
 
 
-async def _body(request: Request, settings: Settings) -> bytes:
+async def _body(request: Request, settings: Settings, take: Take) -> bytes:
     body = await read_body(
         request.receive,
         request.headers,
+        take,
         limit=settings.max_body_bytes,
         stall_s=settings.stall_s,
         total_s=settings.body_s,
@@ -95,12 +97,14 @@ async def _body(request: Request, settings: Settings) -> bytes:
 
 
 async def read_body(
-    receive: Receive, headers: Headers, *, limit: int, stall_s: float, total_s: float
+    receive: Receive, headers: Headers, take: Take, *, limit: int, stall_s: float, total_s: float
 ) -> bytes:
     """Reads a body of at most `limit` bytes, each part within `stall_s`, all within `total_s`.
 
     Raises:
         ImageTooLarge: More bytes than `limit`, announced or sent.
+        QueueFull: `take` finds no room. What is announced counts for nothing until it is there:
+            else few who never send it would keep all others out.
         BodyTimeout: A silence of `stall_s`, or `total_s` are over.
         ClientGone: The client closed the connection.
     """
@@ -116,9 +120,11 @@ async def read_body(
                     message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
-                body += message.get("body", b"")
-                if len(body) > limit:
+                part = message.get("body", b"")
+                if len(body) + len(part) > limit:
                     raise too_large
+                take(len(part))
+                body += part
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError as error:
@@ -144,13 +150,22 @@ def _from_json(body: bytes, query: dict[str, Any], max_images: int) -> CaptionCa
     return CaptionCall([_decoded(image, at) for at, image in enumerate(images)], parameters)
 
 
+def _boundary(content_type: str) -> bytes:
+    """Returns the boundary of a form's parts."""
+    _, options = parse_options_header(content_type)
+    # The parser decodes names and fields by whatever codec is named here, and some of Python's
+    # take quadratic time.
+    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        raise MalformedRequest("The charset of multipart/form-data must be UTF-8.")
+    return options.get(b"boundary", b"\n")
+
+
 async def _from_form(
-    headers: Headers, body: bytes, query: dict[str, Any], settings: Settings
+    headers: Headers, boundary: bytes, body: bytes, query: dict[str, Any], settings: Settings
 ) -> CaptionCall:
     """Reads parts named `image`, each a file, and parts named like a parameter."""
     malformed = MalformedRequest("The body is not valid multipart/form-data.")
-    _, options = parse_options_header(headers["content-type"])
-    if b"--%b--" % options.get(b"boundary", b"\n") not in body:
+    if b"--%b--" % boundary not in body:
         raise malformed  # the parser would drop a part that is cut off, and say nothing
     parser = MultiPartParser(headers, _slices(body))
     parser.spool_max_size = settings.max_body_bytes  # parts stay in memory: no disk is needed

@@ -4,6 +4,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serving.limits import MAX_LENGTH_PENALTY
+
 MAX_BEAMS = 16
 MAX_NEW_TOKENS = 256
 
@@ -33,8 +35,8 @@ class CaptionParameters(BaseModel):
     )
     length_penalty: float = Field(
         default=1.0,
-        ge=-10.0,
-        le=10.0,
+        ge=-MAX_LENGTH_PENALTY,
+        le=MAX_LENGTH_PENALTY,
         allow_inf_nan=False,
         description="score = log_prob / tokens ** length_penalty; above 1 favours long captions.",
     )
@@ -139,7 +141,8 @@ class Problem(BaseModel):
     """An error, RFC 9457 (`application/problem+json`)."""
 
     type: str = Field(
-        description="Stable name of the kind of error", examples=["urn:cutline:problem:bad-image"]
+        description="Stable name of the kind of error",
+        examples=["urn:cutline:problem:undecodable-image"],
     )
     title: str = Field(description="The same for every error of the type")
     status: int = Field(examples=[400])

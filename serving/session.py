@@ -15,6 +15,7 @@ import onnxruntime as ort
 
 from exports.manifest import Manifest
 from serving.beam import Floats, Ints
+from serving.errors import BundleRejected
 
 Provider = Literal["auto", "cpu", "cuda"]
 Pixels = npt.NDArray[np.uint8]
@@ -67,8 +68,8 @@ class OnnxSession:
             provider: Where the graphs run; `auto` takes CUDA if this ONNX Runtime has it.
 
         Raises:
-            ValueError: The graphs lack tensors that the manifest names, or have more; or CUDA is
-                asked for and is not there.
+            BundleRejected: The graphs lack tensors that the manifest names, or have more; or CUDA
+                is asked for and is not there. ONNX Runtime raises errors of its own besides.
         """
         self.manifest = manifest
         self.device = _device(provider)
@@ -187,7 +188,7 @@ class Decoding:
 def _device(provider: Provider) -> str:
     available = ort.get_available_providers()
     if provider == "cuda" and "CUDAExecutionProvider" not in available:
-        raise ValueError(f"no CUDA here: this ONNX Runtime has {', '.join(available)}")
+        raise BundleRejected(f"no CUDA here: this ONNX Runtime has {', '.join(available)}")
     if provider == "auto":
         return "cuda" if "CUDAExecutionProvider" in available else "cpu"
     return provider
@@ -200,9 +201,11 @@ def _load(graph: bytes, threads: int, device: str, *, shapes_repeat: bool) -> or
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4  # failures reach us as exceptions
-    # Idle threads sleep: spinning ones doubled the CPU time of a lone image, on cores that the
-    # event loop and the image decoders need too.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Within a run threads spin for an instant, since waking one takes as long as a small operator.
+    # Between runs they sleep: two sessions, the event loop and the image decoders share the cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # One memory plan is kept for every combination of shapes: of no use where caches grow.
     options.enable_mem_pattern = shapes_repeat
     providers: list[Any] = ["CPUExecutionProvider"]
@@ -210,7 +213,7 @@ def _load(graph: bytes, threads: int, device: str, *, shapes_repeat: bool) -> or
         providers.insert(0, ("CUDAExecutionProvider", _CUDA_OPTIONS))
     session = ort.InferenceSession(graph, options, providers=providers)
     if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise ValueError("ONNX Runtime has CUDA but could not start it: no GPU, or no cuDNN")
+        raise BundleRejected("ONNX Runtime has CUDA but could not start it: no GPU, or no cuDNN")
     return session
 
 
@@ -223,4 +226,4 @@ def _check(
     ):
         found = {tensor.name for tensor in has}
         if found != set(named):
-            raise ValueError(f"{what} has the {kind} {sorted(found)}, not {sorted(named)}")
+            raise BundleRejected(f"{what} has the {kind} {sorted(found)}, not {sorted(named)}")

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from exports.registry import DEFAULT_REGISTRY
+from serving.limits import MAX_PIXELS
 
 
 class Settings(BaseSettings):
@@ -32,7 +33,10 @@ class Settings(BaseSettings):
 
     # A 12-megapixel JPEG is 3 to 8 MB; base64 adds a third.
     max_body_bytes: PositiveInt = Field(16 * 1024 * 1024, description="bytes of one request body")
+    max_held_bytes: PositiveInt = Field(
+        512 * 1024 * 1024, description="bytes of all bodies held at once; beyond that 429"
+    )
     max_images: PositiveInt = Field(16, description="images in one request")
-    max_pixels: PositiveInt = Field(40_000_000, description="pixels of one image, before decoding")
+    max_pixels: PositiveInt = Field(MAX_PIXELS, description="pixels of one image, before decoding")
     stall_s: PositiveFloat = Field(10.0, description="longest silence while a body is read")
     body_s: PositiveFloat = Field(120.0, description="longest time to read a body")

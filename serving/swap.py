@@ -14,11 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from exports.errors import ExportsError
+from exports.errors import BundleError, ExportsError
 from exports.manifest import MANIFEST_FILE
-from exports.registry import Registry, Resolved
+from exports.registry import Registry, Resolved, check_place
 from serving.captioner import Captioner
-from serving.errors import CaptionError
+from serving.errors import BundleRejected, CaptionError
 from serving.schema import ActiveModel, ModelAnswer, SwapError
 from serving.settings import Settings
 
@@ -73,7 +73,7 @@ class ModelManager:
             metrics: Where swaps are counted.
             load: Loads and proves the bundle in a folder; `Captioner.load` by default.
         """
-        self._registry = Registry(settings.registry)
+        self._registry = Registry(settings.registry.absolute())
         self._reference = settings.model
         self._poll_s = settings.poll_s
         self._retry_s = settings.retry_s
@@ -159,6 +159,10 @@ class ModelManager:
         self._set(loading=True)
         try:
             captioner = self._load(found.resolved.path)
+            check_place(captioner.manifest, found.resolved)
+        except BundleError as error:
+            self._metrics.model_refused()
+            raise BundleRejected(str(error)) from error
         except Exception:
             self._metrics.model_refused()
             raise

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serving.haproxy import environment
+from serving.haproxy import POD, environment
 from serving.settings import Settings
 
 # Ray, imported by some of the tests, still uses what pydantic has deprecated.
@@ -29,6 +29,23 @@ BASE = HERE.parent / "k8s" / "base"
 KUBERNETES = "1.34"
 # What the tests know of kustomize; a new field is added here when a kustomization starts to use it.
 KUSTOMIZATION_FIELDS = {"apiVersion", "kind", "resources", "images"}
+
+# What one machine sets and the pods do not, and why.
+LEFT_OUT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",  # more than one machine
+    "RAY_AUTH_MODE",  # authOptions; the operator makes the token
+    "RAY_AUTH_TOKEN",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",  # no GPU
+    "RAY_SERVE_LOG_TO_STDERR",  # a pod's log is where an operator looks
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S",  # Kubernetes drains, see preStop: Ray's own are right
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC",  # a pod has a /tmp of its own
+    "RAY_SERVE_HAPROXY_SOCKET_PATH",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED",
+}
 
 Document = dict[str, Any]
 
@@ -232,13 +249,18 @@ def test_serve_is_set_up_as_on_one_machine() -> None:
     config = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])
     (application,) = config["applications"]
     settings = Settings(**application["args"])
-    expected = environment(settings, Path("/tmp"), Path("/tmp/haproxy"))
+    expected = environment(settings, Path("/tmp"), Path("/tmp/haproxy")) | POD
+    assert expected.keys() >= LEFT_OUT
 
     for pod in pods(ray_service()):
         (container,) = containers(pod)
         variables = {entry["name"]: entry["value"] for entry in container["env"]}
         assert variables.pop("HOME") == "/tmp"
-        assert variables == {name: expected[name] for name in variables}
+        assert variables == {name: expected[name] for name in expected.keys() - LEFT_OUT}
+
+    script = Path(POD["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    dockerfile = (HERE.parent / "Dockerfile").read_text()
+    assert f"write_pod_script(Path('{script.parent}')" in dockerfile.partition("\nUSER ")[0]
 
     worker = pods(ray_service())[1]["spec"]
     (container,) = worker["containers"]

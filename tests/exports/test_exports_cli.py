@@ -45,6 +45,12 @@ def test_verify_takes_a_bundle_or_all_of_a_model(
         "ok  tiny@2",
     ]
 
+    (root / "tiny" / "2").rename(root / "tiny" / "9")
+    assert main(["verify", str(root / "tiny" / "9")]) == 0
+    assert main(["verify", str(root / "tiny")]) == 1
+    assert "is of tiny@2, but stands under tiny@9" in capsys.readouterr().err
+
+    (root / "tiny" / "9").rename(root / "tiny" / "2")
     (root / "tiny" / "2" / "manifest.json").unlink()
     assert main(["verify", str(root / "tiny")]) == 1
     assert "no manifest.json" in capsys.readouterr().err

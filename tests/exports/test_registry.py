@@ -7,7 +7,7 @@ import pytest
 
 from exports.bundle import Bundle
 from exports.errors import BundleError, RegistryError
-from exports.registry import Registry
+from exports.registry import DEFAULT_REGISTRY, Registry
 
 Write = Callable[[Path], Path]
 
@@ -60,6 +60,19 @@ def test_references(registry: Registry, source: Path) -> None:
     assert registry.resolve("tiny").version == "2"
     assert registry.resolve("tiny@production").reference == "tiny@2"
     assert registry.resolve("tiny@1").path == registry.root / "tiny" / "1"
+
+
+def test_the_packaged_model_goes_live_by_promotion_alone(tmp_path: Path, write: Write) -> None:
+    shutil.copytree(DEFAULT_REGISTRY / "cutline-base", tmp_path / "models" / "cutline-base")
+    registry = Registry(tmp_path / "models")
+    assert registry.aliases("cutline-base") == {"production": "1"}
+
+    registry.publish(write(tmp_path / "source"), model="cutline-base", version="2")
+    assert registry.resolve("cutline-base").version == "1"
+    registry.promote("cutline-base", "2")
+    assert registry.resolve("cutline-base").version == "2"
+    registry.rollback("cutline-base")
+    assert registry.resolve("cutline-base").version == "1"
 
 
 @pytest.mark.parametrize(

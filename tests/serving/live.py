@@ -147,7 +147,7 @@ def as_base64(*images):
 
 def expected(captioner, photo, **params):
     """Returns what the answer must say of a photo, computed without a server."""
-    params = Params(**{**captioner.manifest.defaults.model_dump(), **params})
+    params = Params.of(captioner.manifest.defaults, **params)
     pixels = decode_image(photo, captioner.image_spec, ImageLimits())
     [captions] = captioner.caption_batch([pixels], [params])
     return [

@@ -122,7 +122,7 @@ def test_a_wrong_address_is_a_problem_too(live, method, path, status):
 
 
 def test_a_body_that_stalls_is_answered_408(root, photos):
-    with running(root, stall_s=0.2) as live:
+    with running(root, stall_s=1.0) as live:
         answer = send(live, head(len(photos[0])), photos[0][:100])
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"connection: close" in answer.lower()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_bundle import TEXT
 
+from exports.bundle import Bundle, write_bundle
 from serving.captioner import Captioner, Params
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionFailed, ParameterError
@@ -132,6 +133,46 @@ def test_a_bundle_must_give_its_golden_captions(tiny_bundles):
 def test_a_bundle_whose_numbers_are_not_numbers_is_refused(tiny_bundles):
     with pytest.raises(BundleRejected, match=r"golden/0\.png gets no caption at all"):
         Captioner.load(tiny_bundles.nan, threads=1)
+
+
+@pytest.fixture
+def bundle_with(tiny_bundles, tmp_path):
+    """Writes version 1 with other bytes for some files."""
+
+    def write(**changed):
+        bundle = Bundle.open(tiny_bundles.one)
+        files = bundle.files() | {f"{name}.onnx": body for name, body in changed.items()}
+        write_bundle(tmp_path / "changed", bundle.manifest, files)
+        return tmp_path / "changed"
+
+    return write
+
+
+def test_what_onnx_runtime_says_stands_in_the_log_alone(
+    bundle_with, tiny_bundles, caplog, monkeypatch
+):
+    with pytest.raises(BundleRejected, match=r"do not load; the server's log says why$"):
+        Captioner.load(bundle_with(decoder=b"no graph"), threads=1)
+    assert "onnxruntime" in caplog.text
+
+    def fail(*_):
+        raise RuntimeError("/secret/node failed")
+
+    monkeypatch.setattr("serving.captioner.beam_search", fail)
+    with pytest.raises(BundleRejected, match=r"do not run; the server's log says why$"):
+        Captioner.load(tiny_bundles.one, threads=1)
+    assert "/secret/node failed" in caplog.text
+
+
+def test_own_words_about_the_graphs_are_shown(bundle_with, tiny_bundles):
+    encoder = Bundle.open(tiny_bundles.one).read("encoder.onnx")
+    with pytest.raises(BundleRejected, match="the decoder has the inputs"):
+        Captioner.load(bundle_with(decoder=encoder), threads=1)
+
+
+def test_chosen_parameters_win_over_the_defaults(defaults, tiny_captioner):
+    chosen = Params.of(tiny_captioner.manifest.defaults, num_beams=2, prefix="a dog")
+    assert chosen == replace(defaults, num_beams=2, prefix="a dog")
 
 
 def test_a_tampered_bundle_is_refused_before_its_graphs_are_loaded(tiny_bundles, tmp_path):

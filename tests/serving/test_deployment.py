@@ -14,7 +14,7 @@ import pytest
 
 from exports.registry import Registry
 from serving.deployment import CaptionService, build
-from serving.haproxy import environment, write_start_script
+from serving.haproxy import POD, environment, write_pod_script, write_start_script
 from serving.settings import Settings
 
 CONFIG = """\
@@ -64,6 +64,21 @@ def test_haproxy_is_kept_to_the_loopback_interface(tmp_path):
     assert config.read_text().count("127.0.0.1:8000") == 1
 
 
+def test_a_pod_s_script_is_for_whoever_runs_it(tmp_path):
+    binary = tmp_path / "binary"
+    binary.write_text("#!/bin/sh\n")
+    binary.chmod(0o755)
+    write_pod_script(tmp_path, binary)
+    script = tmp_path / Path(POD["RAY_SERVE_HAPROXY_BINARY_PATH"]).name
+    assert script.stat().st_mode & 0o777 == 0o755
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG.format(stats=8404, metrics=9101))
+    subprocess.run([script, "-db", "-f", config], check=True)
+    edited = config.read_text()
+    assert edited.count("127.0.0.1:8404") == edited.count("127.0.0.1:9101") == 1
+    assert f"errorfile 503 {tmp_path}/503.http" in edited
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in what Ray imports
 def test_the_builder_takes_a_dict_as_a_serve_config_has_it(tmp_path):
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call
@@ -76,9 +91,36 @@ def test_the_builder_takes_a_dict_as_a_serve_config_has_it(tmp_path):
         call(build, {"modle": "tiny"})
 
 
-@pytest.mark.parametrize("config", [{"model": "tiny@2"}, {"model": 2}, {}, None, "tiny"])
-def test_reconfigure_returns_at_once_and_never_raises(tmp_path, config):
+@pytest.fixture
+def settings(tmp_path, tiny_bundles):
+    """Settings of a registry with version 1."""
+    Registry(tmp_path).publish(tiny_bundles.one)
+    return Settings(registry=tmp_path, model="tiny", threads=1, provider="cpu")
+
+
+def test_a_replica_is_made_with_a_model_or_not_at_all(settings, tmp_path):
+    service = CaptionService(settings)
+    assert service._manager.current.version == "1"
+    service._engine.close()
+    (tmp_path / "tiny" / "1" / "decoder.onnx").write_bytes(b"damaged")
+    with pytest.raises(
+        RuntimeError, match=r"no model to serve: tiny: .*decoder\.onnx has"
+    ) as error:
+        CaptionService(settings)
+    assert str(tmp_path) not in str(error.value)
+
+
+def test_under_up_a_replica_waits_for_a_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUTLINE_CLUSTER", "mark")
+    monkeypatch.setattr("serving.deployment._keep_to_loopback", lambda: None)
     service = CaptionService(Settings(registry=tmp_path, model="tiny"))
+    assert "tiny" in service._manager.status().last_error.reason
+    service._engine.close()
+
+
+@pytest.mark.parametrize("config", [{"model": "tiny@2"}, {"model": 2}, {}, None, "tiny"])
+def test_reconfigure_returns_at_once_and_never_raises(settings, config):
+    service = CaptionService(settings)
     start = time.monotonic()
     service.reconfigure(config)
     assert time.monotonic() - start < 0.5

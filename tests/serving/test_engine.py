@@ -136,6 +136,30 @@ def test_captioners_do_not_share_a_batch(make_engine):
     assert (old.batches, new.batches) == ([[0], [1, 3]], [[2, 4]])
 
 
+def test_a_wide_search_does_not_widen_a_whole_batch(make_engine):
+    engine, captioner = make_engine(max_batch_size=4), GatedCaptioner()  # 32 rows
+    beams = {1: 1, 2: 16, 3: 1, 4: 16, 5: 1, 6: 16}
+
+    async def scenario():
+        tasks = [await busy(engine, captioner)]
+        for number, num_beams in beams.items():
+            params = replace(PARAMS, num_beams=num_beams)
+            tasks.append(asyncio.create_task(engine.submit(captioner, image(number), params)))
+        await until(lambda: engine.waiting == 6)
+        captioner.gate.set()
+        return await texts(tasks)
+
+    assert asyncio.run(scenario()) == list("0123456")
+    assert captioner.batches == [[0], [1, 2], [3, 4], [5, 6]]
+
+
+def test_the_first_of_a_batch_is_let_in_however_wide(make_engine):
+    engine, captioner = make_engine(max_batch_size=1), GatedCaptioner()
+    captioner.gate.set()
+    params = replace(PARAMS, num_beams=16)
+    assert asyncio.run(engine.submit(captioner, image(1), params))[0].text == "1"
+
+
 def test_a_cancelled_waiter_leaves_the_queue(make_engine):
     engine, captioner = make_engine(), GatedCaptioner()
 

@@ -1,6 +1,8 @@
 """Too many requests, clients that leave, deadlines, and a server without a bundle."""
 
+import select
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +10,8 @@ import pytest
 from live import PATIENCE_S, Held, captions_of, check_problem, expected, head, running, until
 
 from exports.registry import Registry
+from serving import app
+from serving.decode_image import decode_image
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +31,88 @@ def held(root, tiny_captioner):
             yield live, captioner
         finally:
             captioner.go_on.set()
+
+
+class SlowDecoding:
+    """Stands in for `decode_image`: waits to be told, and counts."""
+
+    def __init__(self):
+        self.go_on = threading.Event()
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments):
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        assert self.go_on.wait(PATIENCE_S)
+        with self._lock:
+            self.now -= 1
+        return decode_image(*arguments)
+
+
+@pytest.fixture
+def decoding(monkeypatch):
+    decoding = SlowDecoding()
+    monkeypatch.setattr(app, "decode_image", decoding)
+    yield decoding
+    decoding.go_on.set()
+
+
+def post(live, photo):
+    """Sends a request in one piece, so that it is read as soon as it has begun."""
+    connection = socket.create_connection(("127.0.0.1", live.port))
+    connection.sendall(head(len(photo)) + photo)
+    return connection
+
+
+def requests_running(live):
+    return live.metrics()["cutline_requests_running",] - 1  # this one is one too
+
+
+def test_a_client_that_leaves_frees_no_thread_that_still_decodes(root, photos, decoding):
+    with running(root, decode_threads=1) as live:
+        with post(live, photos[0]):
+            until(lambda: decoding.now == 1)
+        until(lambda: live.metrics().get(("cutline_requests_total", "499", "captions")) == 1)
+        with post(live, photos[1]), ThreadPoolExecutor() as pool:
+            until(lambda: requests_running(live) == 1)
+            stays = pool.submit(live.caption, photos[2])
+            until(lambda: requests_running(live) == 2)
+            time.sleep(0.2)  # in which nothing may happen
+            assert decoding.now == 1
+            decoding.go_on.set()
+            assert captions_of(stays.result())
+    assert decoding.most == 1
+
+
+def test_images_that_wait_to_be_decoded_fill_the_server_too(root, photos, decoding):
+    with running(root, decode_threads=1, max_batch_size=1, max_queue=1) as live:
+        with post(live, photos[0]), post(live, photos[1]):
+            until(lambda: requests_running(live) == 2)
+            refused = live.caption(photos[2])
+            check_problem(refused, 429)
+            assert refused.headers["retry-after"] == "1"
+        until(lambda: requests_running(live) == 0)
+        decoding.go_on.set()
+        assert captions_of(live.caption(photos[2]))
+
+
+def test_bodies_share_a_budget_in_which_small_ones_find_room(root, photos):
+    body = b"x" * 95_000
+    with running(root, max_held_bytes=100_000, max_body_bytes=100_000, stall_s=30) as live:
+        half_sent = [socket.create_connection(("127.0.0.1", live.port)) for _ in range(3)]
+        for connection in half_sent:
+            connection.sendall(head(len(body)) + body[:40_000])
+        until(lambda: select.select(half_sent, [], [], 0)[0])
+        [refused], _, _ = select.select(half_sent, [], [], 0)
+        assert refused.recv(65536).startswith(b"HTTP/1.1 429 ")
+        assert captions_of(live.caption(photos[0]))
+        check_problem(live.caption(body), 429)
+        for connection in half_sent:
+            connection.close()
+        until(lambda: requests_running(live) == 0)
+        check_problem(live.caption(body), 415)
 
 
 def test_a_full_queue_is_answered_429_with_retry_after(held, photos):

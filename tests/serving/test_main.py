@@ -1,16 +1,22 @@
 """The command line, in process; and `up --local` as the process that people start."""
 
 import json
+import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 
 from exports.registry import Registry
 from serving.__main__ import main
+from serving.local import _not_ready
+from serving.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +116,64 @@ def test_one_plain_process_serves_until_it_is_told_to_stop(root, photos):
         finally:
             watchdog.cancel()
             server.kill()
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+@contextmanager
+def answering(answer):
+    """Listens on a port and gives one connection the bytes of `answer`."""
+
+    def answer_one():
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_one)
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join()
+
+
+@pytest.fixture
+def dead_proxy(monkeypatch):
+    """A proxy in the environment that answers nobody."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("dead_proxy")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (OK, ""),
+        (b'HTTP/1.1 503 No\r\nContent-Length: 17\r\n\r\n{"detail": "Why"}', "Why"),
+        (b"HTTP/1.1 503 No\r\nContent-Length: 2\r\n\r\n[]", "The server starts."),
+        (b"HTTP/1.1 503 No\r\nContent-Length: 99\r\n\r\n{", "The server starts."),
+        (b"nonsense\r\n\r\n", "The server starts."),
+        (b"", "The server starts."),
+    ],
+)
+def test_whatever_answers_the_server_learns_whether_it_is_ready(answer, said):
+    with answering(answer) as port:
+        assert _not_ready(Settings(port=port)) == said
+
+
+@pytest.mark.usefixtures("dead_proxy")
+@pytest.mark.parametrize(("answer", "code"), [(OK, 0), (OK.replace(b"200", b"503"), 1)])
+def test_the_image_asks_itself_for_its_health(answer, code):
+    dockerfile = (Path(__file__).parents[2] / "Dockerfile").read_text()
+    [command] = re.findall(r"^HEALTHCHECK .*\\\n +CMD (.*)$", dockerfile, re.MULTILINE)
+    program, *arguments = json.loads(command)
+    assert program == "python"
+    with answering(answer) as port:
+        asked = [argument.replace("8000", str(port)) for argument in arguments]
+        done = subprocess.run([sys.executable, *asked], check=False, env=os.environ, timeout=60)
+    assert done.returncode == code
 
 
 @pytest.mark.parametrize("flags", [(), ("--local",)])

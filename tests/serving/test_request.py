@@ -7,8 +7,16 @@ import json
 import pytest
 from starlette.requests import Request
 
-from serving.errors import ImageTooLarge, NotAnImage, ParameterError
-from serving.request import BodyTimeout, ClientGone, MalformedRequest, read_call
+from serving.errors import (
+    BodyTimeout,
+    ImageTooLarge,
+    MalformedRequest,
+    NotAnImage,
+    ParameterError,
+    QueueFull,
+)
+from serving.limits import Budget
+from serving.request import ClientGone, read_call
 from serving.settings import Settings
 
 SETTINGS = Settings(max_body_bytes=1000, max_images=3, stall_s=0.1, body_s=0.3)
@@ -16,7 +24,9 @@ PHOTO = b"the bytes of a photograph"
 BASE64 = base64.b64encode(PHOTO).decode()
 
 
-def read(kind, *chunks, query="", headers=(), pauses=0.0, settings=SETTINGS, cut=False):
+def read(
+    kind, *chunks, query="", headers=(), pauses=0.0, settings=SETTINGS, cut=False, budget=None
+):
     """Reads a request whose body comes in `chunks`, with a pause before each."""
     messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
     messages[-1]["more_body"] = cut
@@ -34,7 +44,8 @@ def read(kind, *chunks, query="", headers=(), pauses=0.0, settings=SETTINGS, cut
         "query_string": query.encode(),
         "headers": [(b"content-type", kind.encode()), *headers],
     }
-    return asyncio.run(read_call(Request(scope, receive), settings))
+    with (budget or Budget(10**9, "full")).share() as take:
+        return asyncio.run(read_call(Request(scope, receive), settings, take))
 
 
 def as_json(**fields):
@@ -74,6 +85,12 @@ def test_a_form_with_two_images_and_fields():
     assert call.images == [PHOTO, PHOTO]
     given = call.parameters.model_dump(exclude_unset=True)
     assert given == {"num_beams": 2, "num_captions": 2}
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF-8", '"us-ascii"'])
+def test_a_form_may_name_its_charset(charset):
+    body = form(("image", "a.jpg", PHOTO), ("prefix", None, b"a dog"))
+    assert read(f"{FORM}; charset={charset}", body).parameters.prefix == "a dog"
 
 
 def test_a_large_form_is_kept_in_memory(monkeypatch):
@@ -120,6 +137,8 @@ def test_a_large_form_is_kept_in_memory(monkeypatch):
         (FORM, b"--YY\r\nnot ours", MalformedRequest, "multipart"),
         (FORM, form(("image", "a.jpg", PHOTO))[:60], MalformedRequest, "multipart"),
         ("multipart/form-data", form(("image", "a.jpg", PHOTO)), MalformedRequest, "multipart"),
+        (f"{FORM}; charset=punycode", form(("prefix", None, b"a")), MalformedRequest, "UTF-8"),
+        (f"{FORM}; charset=utf-16", form(("image", "a", PHOTO)), MalformedRequest, "UTF-8"),
         ("text/plain", PHOTO, NotAnImage, "'text/plain'"),
         ("", PHOTO, NotAnImage, "no Content-Type"),
         ("application/x-www-form-urlencoded", PHOTO, NotAnImage, "urlencoded"),
@@ -167,6 +186,24 @@ def test_a_body_without_end_is_refused_at_the_limit(headers):
 
 def test_a_body_of_exactly_the_limit_passes():
     assert read("image/png", b"x" * 999, b"x").images == [b"x" * 1000]
+
+
+def test_bodies_share_a_budget_and_give_back_what_they_took():
+    budget = Budget(1500, "no room")
+    with budget.share() as take:
+        take(1000)
+        # What is announced costs nothing before it is there.
+        with pytest.raises(BodyTimeout):
+            read(
+                "image/png", b"half", headers=[(b"content-length", b"900")], pauses=1, budget=budget
+            )
+        with pytest.raises(QueueFull, match="no room") as refusal:
+            read("image/png", b"x" * 400, b"x" * 400, budget=budget)
+        assert refusal.value.retry_after == 1
+        assert budget.held == 1000
+        assert read("image/png", b"x" * 500, budget=budget).images
+    assert budget.held == 0
+    assert read("image/png", b"x" * 800, budget=budget).images
 
 
 def test_a_silent_client_is_let_go():

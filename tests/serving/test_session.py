@@ -6,6 +6,7 @@ import pytest
 from tiny_bundle import HEAD_DIM, HEADS, MEMORY, PAST, SIDE, TEXT, V
 
 from exports.bundle import Bundle
+from serving.errors import BundleRejected
 from serving.session import OnnxSession
 
 
@@ -125,9 +126,9 @@ def test_the_observer_hears_of_every_run(session):
 
 def test_graphs_that_the_manifest_does_not_describe_are_refused(bundle):
     encoder, decoder = bundle.read("encoder.onnx"), bundle.read("decoder.onnx")
-    with pytest.raises(ValueError, match="the encoder has the inputs"):
+    with pytest.raises(BundleRejected, match="the encoder has the inputs"):
         OnnxSession(decoder, decoder, bundle.manifest, threads=1)
-    with pytest.raises(ValueError, match="the decoder has the inputs"):
+    with pytest.raises(BundleRejected, match="the decoder has the inputs"):
         OnnxSession(encoder, encoder, bundle.manifest, threads=1)
 
 
@@ -136,6 +137,6 @@ def test_graphs_that_the_manifest_does_not_describe_are_refused(bundle):
 )
 def test_cuda_where_there_is_none_is_said_and_auto_does_without(bundle):
     graphs = bundle.read("encoder.onnx"), bundle.read("decoder.onnx"), bundle.manifest
-    with pytest.raises(ValueError, match="no CUDA here"):
+    with pytest.raises(BundleRejected, match="no CUDA here"):
         OnnxSession(*graphs, threads=1, provider="cuda")
     assert OnnxSession(*graphs, threads=1, provider="auto").device == "cpu"

@@ -1,7 +1,9 @@
 """Swapping bundles: real registry and real tiny bundles; the stream of requests is in test_app."""
 
+import shutil
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,7 +38,10 @@ class Loader:
         assert self.go_on.wait(60)
         if self.error:
             raise self.error
-        return self.captioner
+        if path.name == "1":
+            return self.captioner
+        manifest = self.captioner.manifest.model_copy(update={"version": path.name})
+        return SimpleNamespace(name="tiny", version=path.name, manifest=manifest)
 
 
 def manager_of(registry, *, load=None, metrics=None, **settings):
@@ -121,6 +126,28 @@ def test_a_bad_bundle_changes_nothing_and_says_why(registry, tiny_bundles, fault
     registry.rollback("tiny")
     manager.check()
     assert manager.status().last_error is None
+
+
+def test_a_bundle_that_stands_in_another_s_place_is_refused(registry):
+    manager = manager_of(registry)
+    manager.check()
+    good = manager.current
+    shutil.copytree(registry.root / "tiny" / "2", registry.root / "tiny" / "9")
+    manager.follow("tiny@9")
+    manager.check()
+    assert manager.current is good
+    error = manager.status().last_error
+    assert (error.version, "is of tiny@2, but stands under tiny@9" in error.reason) == ("9", True)
+
+
+def test_a_relative_registry_keeps_its_reasons_readable(registry, monkeypatch):
+    monkeypatch.chdir(registry.root)
+    settings = Settings(registry=".", model="tiny@9", provider="cpu")
+    manager = ModelManager(settings, Metrics())
+    manager.check()
+    assert (
+        manager.status().last_error.reason == "no tiny@9 in the registry; tiny has 1, 2, production"
+    )
 
 
 def test_a_foreign_error_is_not_shown(registry):
