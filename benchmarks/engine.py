@@ -28,8 +28,8 @@ from random_run import random_run
 from exports.errors import ExportsError
 from serving.captioner import Captioner as Served
 from serving.errors import CaptionError
+from trainer.compression import round_weights
 from trainer.errors import TrainerError
-from trainer.graphs import round_weights
 from trainer.photos import load_pixels
 from trainer.run import Run
 

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = read_recipe(arguments.recipe, arguments.overrides)
         config = validate(stage.Config, recipe, str(arguments.recipe))
         stage.run(config, arguments.out or Path("runs") / arguments.recipe.stem)
-    except (TrainerError, ExportsError) as error:
+    except (TrainerError, ExportsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

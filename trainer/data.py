@@ -52,6 +52,7 @@ def read_examples(
             unknown. A few missing images are no error here: `photos.scan_images` names them.
     """
     kind, rows = read_rows(source)
+    _check_splits(rows)
     if split is not None:
         rows = _rows_of_split(source, rows, split)
     if kind == "folder":
@@ -79,9 +80,7 @@ def _rows_of_split(source: Path, rows: list[Row], split: str) -> list[Row]:
     return kept
 
 
-def _merge(rows: Iterable[Row], roots: Sequence[Path]) -> list[Example]:
-    """Returns one example for each image and source, captions in file order."""
-    merged: dict[tuple[str, str], tuple[Row, list[str]]] = {}
+def _check_splits(rows: Iterable[Row]) -> None:
     splits: dict[str, Row] = {}
     for row in rows:
         first = splits.setdefault(row.image, row)
@@ -90,6 +89,12 @@ def _merge(rows: Iterable[Row], roots: Sequence[Path]) -> list[Example]:
                 f"{row.where}: {row.image} is in split {row.split!r} here but in "
                 f"{first.split!r} at {first.where}; one image belongs to one split"
             )
+
+
+def _merge(rows: Iterable[Row], roots: Sequence[Path]) -> list[Example]:
+    """Returns one example for each image and source, captions in file order."""
+    merged: dict[tuple[str, str], tuple[Row, list[str]]] = {}
+    for row in rows:
         merged.setdefault((row.image, row.source), (row, []))[1].extend(row.captions)
     return [
         Example(
@@ -105,6 +110,17 @@ def _merge(rows: Iterable[Row], roots: Sequence[Path]) -> list[Example]:
 def _locate(name: str, roots: Sequence[Path]) -> Path:
     """Returns the first existing candidate, or the first candidate when none exists."""
     return next((root / name for root in roots if (root / name).is_file()), roots[0] / name)
+
+
+def check_apart(first: Sequence[Example], second: Sequence[Example], one: str, other: str) -> None:
+    """Raises DataError where two sets of examples, called `one` and `other`, share an image."""
+    known = {example.image.resolve() for example in first}
+    shared = [example.image for example in second if example.image.resolve() in known]
+    if shared:
+        raise DataError(
+            f"{len(shared)} images are in both {one} and {other}, such as {shared[0]}; what is "
+            "measured must not have been seen: name other files or splits"
+        )
 
 
 def describe(source: Path, examples: Sequence[Example], *, rows: int = 3) -> str:

@@ -1,8 +1,7 @@
 """A captioner as two ONNX graphs: the encoder, and one decode step.
 
-What the graphs take and give stands in `exports/README.md`. Weights are stored at half precision
-and widened to float32 when a session loads, so a bundle is half as large and computes as exactly
-as the captioner it came from, once that has been rounded in the same way (`round_weights`).
+What the graphs take and give stands in `exports/README.md`, how their weights are stored in
+`trainer.compression`.
 """
 
 import warnings
@@ -18,25 +17,9 @@ from torch import Tensor, nn
 
 from exports.manifest import DecoderSpec, EncoderSpec
 from trainer.captioner import Captioner
-from trainer.errors import ParityError
+from trainer.compression import compress
 
 OPSET = 20
-_SMALLEST_HALF = 256  # elements; what is smaller is not worth a node
-
-
-def round_weights(captioner: Captioner) -> Captioner:
-    """Returns the captioner with every parameter and buffer rounded to half precision, in float32.
-
-    Raises:
-        ParityError: a weight is too large for half precision.
-    """
-    with torch.no_grad():
-        for name, tensor in captioner.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(tensor.half().float())
-                if not bool(tensor.isfinite().all()):
-                    raise ParityError(f"{name} does not fit half precision (beyond +-65504)")
-    return captioner
 
 
 def export_encoder(captioner: Captioner) -> tuple[bytes, EncoderSpec]:
@@ -53,7 +36,7 @@ def export_encoder(captioner: Captioner) -> tuple[bytes, EncoderSpec]:
         outputs=spec.outputs,
         optimize=False,
     )
-    return _halved(model), spec
+    return compress(model), spec
 
 
 def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
@@ -72,7 +55,8 @@ def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
     images, rows, previous, length = 2, 6, 4, 3
     with torch.no_grad():
         size = (images, 3, captioner.image.height, captioner.image.width)
-        memories = captioner.memory_cache(torch.zeros(size))
+        # Contiguous, as a graph's inputs are: otherwise the exporter asks for their strides.
+        memories = [m.contiguous() for m in captioner.memory_cache(torch.zeros(size))]
     shape = (previous, decoder.heads, length, decoder.head_dim)
     example = (
         torch.zeros(rows, dtype=torch.int64),
@@ -98,7 +82,7 @@ def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
         optimize=True,
     )
     _append_top_k(model, captioner.text.vocab_size)
-    return _halved(model), spec
+    return compress(model), spec
 
 
 def _names(kind: str, layers: int) -> tuple[str, ...]:
@@ -187,26 +171,3 @@ def _append_top_k(model: onnx.ModelProto, vocab_size: int) -> None:
     graph.output.append(helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["R", "M"]))
     graph.output.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["R", "M"]))
     graph.output.extend(present)
-
-
-def _halved(model: onnx.ModelProto) -> bytes:
-    """Returns the model's bytes with large float32 weights stored as float16 behind a Cast."""
-    graph = model.graph
-    casts = []
-    for initializer in graph.initializer:
-        if initializer.data_type != TensorProto.FLOAT:
-            continue
-        values = numpy_helper.to_array(initializer)
-        if values.size < _SMALLEST_HALF:
-            continue
-        name = initializer.name
-        initializer.CopyFrom(numpy_helper.from_array(values.astype(np.float16), f"{name}.half"))
-        casts.append(helper.make_node("Cast", [f"{name}.half"], [name], to=TensorProto.FLOAT))
-    nodes = [*casts, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    del graph.value_info[:]  # shapes that a session infers anew
-    for node in graph.node:
-        del node.metadata_props[:]  # stack traces of the exporting machine, paths included
-    onnx.checker.check_model(model)
-    return model.SerializeToString()

@@ -6,35 +6,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from trainer.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from trainer.config import Config
 from trainer.dataset import CaptionDataset, EpochSampler
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.objective import Objective
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
 from trainer.runlog import RunLog
+
+CHECKPOINT = "last.safetensors"
 
 
 class Loop(Config):
     """Keys of `[loop]`."""
 
-    epochs: int
-    batch_size: int = 32
-    accumulate: int = 1
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(32, ge=1)
+    accumulate: int = Field(1, ge=1)
     """Batches whose gradients are averaged into one step."""
     autocast: Literal["off", "bf16", "fp16"] = "off"
-    clip: float = 1.0
+    clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: float = 0.0
+    ema: float = Field(0.0, ge=0, lt=1)
     """Decay of the weights' moving average, which is what is evaluated and kept; 0 is off."""
-    workers: int = 1
+    workers: int = Field(1, ge=0)
     """Processes that prepare batches; 0 prepares them in the loop."""
-    save_every: int = 500
+    save_every: int = Field(500, ge=1)
     """Steps between checkpoints, besides one after each epoch."""
-    evaluate_every: int = 1
+    evaluate_every: int = Field(1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     device: str = "auto"
 
@@ -80,14 +83,18 @@ class TrainingLoop:
         self._average = MovingAverage(objective, config.ema) if config.ema else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "fp16")
         batches = len(EpochSampler(len(dataset), config.batch_size, seed=seed, epoch=0))
-        self._epoch_steps = max(1, batches // config.accumulate)
+        if config.accumulate > batches:
+            raise ConfigError(
+                f"loop.accumulate = {config.accumulate}, but an epoch has {batches} batches"
+            )
+        self._epoch_steps = batches // config.accumulate
         self.total = config.epochs * self._epoch_steps
         self.step = 0
 
     @property
     def checkpoint(self) -> Path:
         """The file that the run goes on from."""
-        return self._folder / "last.safetensors"
+        return self._folder / CHECKPOINT
 
     def run(self) -> None:
         """Trains to the end, resuming where a checkpoint is."""
@@ -108,7 +115,7 @@ class TrainingLoop:
             rate = learning_rate(self.step - 1, self.total, self._optim)
             log.progress(self._config.batch_size * self._config.accumulate, losses["loss"])
             log.scalars(self.step, {**losses, "lr": rate})
-            if self.step % self._config.save_every == 0:
+            if self.step % self._config.save_every == 0 and self.step % self._epoch_steps:
                 self._save()
 
     def _finish_epoch(self, epoch: int, log: RunLog) -> None:
@@ -193,17 +200,20 @@ class TrainingLoop:
         self.step = state["step"]
 
 
-def kept_weights(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Returns a checkpoint's weights below `prefix`: the moving average where there is one.
+def load_kept_weights(module: nn.Module, path: Path, prefix: str) -> None:
+    """Loads what a checkpoint keeps below `prefix`: the moving average where there is one.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or holds nothing below the prefix.
+        CheckpointError: the file is missing or damaged, or does not fit the module.
     """
     tensors, _ = load_checkpoint(path)
-    weights = _below(tensors, f"objective.{prefix}") | _below(tensors, f"average.{prefix}")
-    if not weights:
-        raise CheckpointError(f"{path}: holds no weights called {prefix}*")
-    return weights
+    try:
+        module.load_state_dict(_below(tensors, f"objective.{prefix}"))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise CheckpointError(f"{path}: of another architecture: {first}") from None
+    # After all the rest: the average has a tied weight (embedding and head) under one name only.
+    module.load_state_dict(_below(tensors, f"average.{prefix}"), strict=False)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -26,18 +26,22 @@ class Optim(Config):
 
 
 def freeze_prefixes(module: nn.Module, prefixes: Sequence[str]) -> None:
-    """Turns gradients off for parameters whose dotted name begins with one of `prefixes`.
+    """Turns gradients off for the parameters at or below the dotted names in `prefixes`.
 
     Raises:
         ConfigError: a prefix that names no parameter.
     """
     for prefix in prefixes:
-        hit = [p for name, p in module.named_parameters() if name.startswith(prefix)]
+        hit = [p for name, p in module.named_parameters() if _is_below(name, prefix)]
         if not hit:
             tops = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
             raise ConfigError(f"frozen = {prefix!r} names no parameter; they begin with {tops}")
         for parameter in hit:
             parameter.requires_grad_(False)
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.AdamW:
@@ -46,12 +50,20 @@ def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.AdamW:
     Vectors (norms, biases) and embeddings of positions are not decayed; the longest prefix in
     `config.scales` that fits decides a parameter's rate. Parameters that are frozen now take part
     too: without a gradient AdamW leaves them alone.
+
+    Raises:
+        ConfigError: a prefix in `config.scales` that names no parameter.
     """
+    names = [name for name, _ in module.named_parameters()]
+    for prefix in config.scales:
+        if not any(_is_below(name, prefix) for name in names):
+            raise ConfigError(f"scales: {prefix!r} names no parameter; they look like {names[0]}")
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        prefixes = [prefix for prefix in config.scales if name.startswith(prefix)]
+        prefixes = [prefix for prefix in config.scales if _is_below(name, prefix)]
         scale = config.scales[max(prefixes, key=len)] if prefixes else 1.0
-        decayed = parameter.ndim > 1 and "wpe" not in name and not name.endswith("position")
+        positions = "wpe" in name or name.endswith(("position", "pos_embed"))
+        decayed = parameter.ndim > 1 and not positions
         decay = config.weight_decay if decayed else 0.0
         groups.setdefault((scale, decay), []).append(parameter)
     rows = [

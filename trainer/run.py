@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from torch import Tensor
 
 from exports.images import ImageSpec
 from exports.manifest import Generation
@@ -19,7 +18,7 @@ from exports.text import TextSpec, Tokenizer
 from trainer.captioner import Captioner
 from trainer.config import Config, validate
 from trainer.errors import CheckpointError
-from trainer.loop import Loop, kept_weights
+from trainer.loop import CHECKPOINT, Loop, load_kept_weights
 from trainer.optim import Optim
 from trainer.transforms import Augment
 
@@ -33,9 +32,11 @@ class Data(Config):
     """The folder that image names are relative to; by default found beside the files."""
     train_split: str | None = None
     dev_split: str | None = None
-    dev_images: int = 200
+    dev_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of `train` held out as `dev`, near-duplicates on one side; 0 where `dev` is named."""
+    dev_images: int = Field(200, ge=1)
     """How many images of `dev` are captioned after an epoch, to see how the run goes."""
-    captions_per_image: int = 5
+    captions_per_image: int = Field(5, ge=1)
 
 
 class TokenizerConfig(Config):
@@ -91,12 +92,12 @@ class Run:
     def captioner(self) -> Captioner:
         """Returns the trained captioner, with the kept weights (the moving average, if any)."""
         captioner = build_captioner(self.recipe, self.text, pretrained=False)
-        captioner.load_state_dict(self.weights())
+        self.load_into(captioner)
         return captioner.eval()
 
-    def weights(self) -> dict[str, Tensor]:
-        """Returns the captioner's kept weights by name."""
-        return kept_weights(self.folder / "last.safetensors", "captioner.")
+    def load_into(self, captioner: Captioner) -> None:
+        """Gives the trained weights to a captioner of the same architecture."""
+        load_kept_weights(captioner, self.folder / CHECKPOINT, "captioner.")
 
 
 def build_captioner(recipe: Recipe, text: TextSpec, *, pretrained: bool = True) -> Captioner:

@@ -22,7 +22,7 @@ class RunLog:
         self._path = folder / "log.jsonl"
         self._drop_lines_after(start)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=5)
         self._images, self._since = 0, time.perf_counter()
 

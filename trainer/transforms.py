@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -16,19 +17,19 @@ class Augment(Config):
     alone whose captions say either word.
     """
 
-    crop: float = 0.0
+    crop: float = Field(0.0, ge=0, lt=1)
     """Random resized crop that keeps at least 1 - `crop` of the area."""
-    flip: float = 0.0
+    flip: float = Field(0.0, ge=0, le=1)
     """Probability of a horizontal flip."""
-    rotation: float = 0.0
+    rotation: float = Field(0.0, ge=0, le=180)
     """Largest angle, in degrees."""
-    jitter: float = 0.0
+    jitter: float = Field(0.0, ge=0, le=1)
     """Strength of brightness, contrast and saturation changes."""
-    hue: float = 0.0
+    hue: float = Field(0.0, ge=0, le=0.5)
     """Strength of the change of hue, at most 0.5."""
-    grey: float = 0.0
+    grey: float = Field(0.0, ge=0, le=1)
     """Probability of losing all colour."""
-    erase: float = 0.0
+    erase: float = Field(0.0, ge=0, le=1)
     """Probability of erasing a rectangle."""
 
 

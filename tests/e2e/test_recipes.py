@@ -15,9 +15,9 @@ from exports.manifest import Generation
 from serving.captioner import Captioner as Served
 from serving.captioner import Params
 from trainer.checkpoint import load_checkpoint
+from trainer.compression import round_weights
 from trainer.config import read_recipe, validate
 from trainer.decoding import TorchSteps, beam_search
-from trainer.graphs import round_weights
 from trainer.run import Run
 from trainer.stages import export, finetune, shapecaps
 
@@ -45,7 +45,9 @@ def test_the_shipped_model_s_recipes_end_in_a_bundle_that_serves(tmp_path: Path)
     assert bundle.manifest.provenance["recipe"]["start"]["objective"]["name"] == "lm"
     served = Served.load(tmp_path / "scst/bundle", threads=2)
     reference = TorchSteps(round_weights(Run(tmp_path / "scst").captioner()))
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 192, 192, 3), np.uint8)
+    spec = bundle.manifest.image
+    size = (16, spec.height, spec.width, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     generation = Generation(num_captions=4)
     ours = beam_search(reference, pixels, generation)
     theirs = served.caption_batch(pixels, [Params.of(generation)] * len(pixels))

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from pydantic import ValidationError
 
 from exports.bundle import Bundle
 from exports.images import ImageSpec
@@ -15,13 +17,14 @@ from serving.captioner import Captioner as ServedCaptioner
 from serving.captioner import Params
 from serving.decode_image import ImageLimits, decode_image
 from trainer.captioner import Captioner
+from trainer.compression import compress, round_weights
 from trainer.decoding import TorchSteps, beam_search
-from trainer.errors import ParityError
-from trainer.graphs import export_decoder, export_encoder, round_weights
+from trainer.errors import ConfigError, DataError, ParityError, TrainerError
+from trainer.graphs import export_decoder, export_encoder
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import Parity, compare
 from trainer.photos import load_pixels
-from trainer.stages import export, finetune
+from trainer.stages import evaluate, export, finetune
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
 TEXT = TextSpec(vocab_size=60, pad_id=0, bos_id=1, eos_id=2, max_length=14)
@@ -84,6 +87,59 @@ def test_a_graph_that_differs_is_caught() -> None:
     parity = compare(TorchSteps(captioner), steps_of(captioner, change=spoil), pixels, Generation())
     with pytest.raises(ParityError, match="log-probabilities differ"):
         parity.check()
+
+
+def test_weights_are_stored_without_loss() -> None:
+    captioner = random_captioner("timm_vit")
+    rounded = {name: tensor.clone() for name, tensor in captioner.state_dict().items()}
+    for name, tensor in round_weights(captioner).state_dict().items():
+        assert torch.equal(tensor, rounded[name]), f"{name} changes when it is rounded again"
+    graph = onnx.load_from_string(export_decoder(captioner)[0]).graph
+    by_type = dict.fromkeys(("INT8", "FLOAT16", "FLOAT"), 0)
+    for weight in graph.initializer:
+        kind = onnx.TensorProto.DataType.Name(weight.data_type)
+        by_type[kind] = by_type.get(kind, 0) + int(np.prod(weight.dims))
+    matrices = sum(
+        tensor.numel()
+        for name, tensor in captioner.decoder.named_parameters()
+        if tensor.ndim == 2 and "crossattention.c_attn" not in name  # that is the encoder graph's
+    )
+    assert by_type["INT8"] == matrices
+    assert by_type["FLOAT"] < matrices / 8  # scales, biases and norms
+
+
+def test_what_does_not_fit_fewer_bits_stays_as_it_is() -> None:
+    values = np.random.default_rng(0).normal(size=(40, 40)).astype(np.float32)
+    body = compress(matrix_product(values))
+    (weight,) = onnx.load_from_string(body).graph.initializer
+    assert np.array_equal(onnx.numpy_helper.to_array(weight), values)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_int8_rows_come_back_bit_for_bit(transposed: bool) -> None:
+    draw = np.random.default_rng(0)
+    scale = (1.5703125 * 2.0 ** draw.integers(-30, 4, (40, 1))).astype(np.float32)
+    values = draw.integers(-127, 128, (40, 40)).astype(np.float32) * scale
+    values[:, 7], values[3] = 127 * scale[:, 0], 0  # every row has a largest; one is all zeros
+    values = np.ascontiguousarray(values.T if transposed else values)
+    body = compress(matrix_product(values))
+    session = onnxruntime.InferenceSession(body, providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {"x": np.eye(40, dtype=np.float32)})
+    assert len(body) < values.size * 1.6
+    assert np.array_equal(out, values)
+
+
+def matrix_product(values: np.ndarray) -> onnx.ModelProto:
+    """The graph y = x @ values, with a weight that nothing uses."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", kind, ["n", values.shape[0]])],
+        [helper.make_tensor_value_info("y", kind, ["n", values.shape[1]])],
+        [onnx.numpy_helper.from_array(values, n) for n in ("w", "unused")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
 def test_weights_too_large_for_half_precision_are_refused() -> None:
@@ -160,6 +216,39 @@ def test_a_failed_check_writes_no_bundle(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_cannot_be_exported_is_refused_before_the_work(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, bundle = exported
+    card = {"description": "d", "data": "d", "licence": "l", "failures": "f"}
+    table = {"run": run, "name": "photos", "data": run.parent / "photos.csv", "card": card}
+    with pytest.raises(ConfigError, match="bundle exists already"):
+        export.run(export.Config.model_validate(table), bundle.parent)
+    twin = tmp_path / PHOTOS[0].name
+    twin.write_bytes(PHOTOS[1].read_bytes())
+    for golden, message in (
+        ([tmp_path / "no.jpg"], r"no\.jpg: no such file"),
+        ([PHOTOS[0], twin], "two of the pictures have one name"),
+    ):
+        with pytest.raises(TrainerError, match=message):
+            export.run(export.Config.model_validate({**table, "golden": golden}), tmp_path)
+    with pytest.raises(ValidationError, match="no model name"):
+        export.Config.model_validate({**table, "name": "My Photos"})
+
+
+def test_an_evaluation_compares_with_other_images_only(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, _ = exported
+    data = run.parent / "photos.csv"
+    table = {"model": run, "data": data, "neighbours": data}
+    with pytest.raises(DataError, match="4 images are in both neighbours and data"):
+        evaluate.run(evaluate.Config.model_validate(table), tmp_path)
+    table = {"model": run, "data": data, "generation": {"num_beam": 3}}
+    with pytest.raises(ConfigError, match=r"unknown key 'num_beam'; the keys are .*num_beams"):
+        evaluate.run(evaluate.Config.model_validate(table), tmp_path)
+
+
 def test_a_bundle_tells_where_it_came_from_and_no_path(exported: tuple[Path, Path]) -> None:
     run, folder = exported
     bundle = Bundle.open(folder)
@@ -171,3 +260,4 @@ def test_a_bundle_tells_where_it_came_from_and_no_path(exported: tuple[Path, Pat
         assert b"site-packages" not in body, name
     card = bundle.read("MODEL_CARD.md").decode()
     assert "| CIDEr-D |" in card and "$" not in card
+    assert f"of {len(PHOTOS)} captions\nas they were" in card

@@ -120,10 +120,16 @@ def test_distinct_counts_captions_not_spellings() -> None:
         ("A man's T-shirt, 2 dogs .", "a man s t shirt 2 dogs"),
         ("Cafe\u0301 \u00abBar\u00bb", "caf\u00e9 bar"),
         (" ... ", ""),
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940 \u092c\u091a\u094d\u091a\u0947",
+            None,
+        ),  # Hindi, with vowel signs
+        ("\u0e20\u0e32\u0e1e\u0e17\u0e35\u0e48", None),  # Thai, with a vowel and a tone mark
+        ("\u0130stanbul", "i\u0307stanbul"),
     ],
 )
-def test_words_are_lower_case_letters_and_digits(caption: str, expected: str) -> None:
-    assert " ".join(words(caption)) == expected
+def test_words_are_lower_case_letters_and_digits(caption: str, expected: str | None) -> None:
+    assert " ".join(words(caption)) == (caption if expected is None else expected)
 
 
 @pytest.mark.parametrize("name", variants.names("metrics"))

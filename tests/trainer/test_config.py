@@ -1,5 +1,6 @@
 """Recipes: strict, overridable, and clear about what is wrong."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,21 @@ def test_an_unknown_variant_lists_those_that_exist() -> None:
         variants.parse("decoders", {})
     with pytest.raises(ConfigError, match=r"decoders/gpt2: unknown key 'widht'"):
         variants.parse("decoders", {"name": "gpt2", "widht": 3})
+
+
+def test_every_recipe_that_a_text_names_exists() -> None:
+    texts = [
+        Path("README.md"),
+        Path("benchmarks/README.md"),
+        *Path("trainer/recipes").rglob("*.toml"),
+    ]
+    named = {
+        name
+        for text in texts
+        for name in re.findall(r"trainer/recipes/[\w/]+\.toml", text.read_text())
+    }
+    assert len(named) >= 8
+    assert [name for name in sorted(named) if not Path(name).is_file()] == []
 
 
 @pytest.mark.parametrize("path", sorted(Path("trainer/recipes").rglob("*.toml")), ids=str)

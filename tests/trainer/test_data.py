@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.data import Example, describe, read_examples, write_coco
+from trainer.data import Example, check_apart, describe, read_examples, write_coco
 from trainer.errors import DataError
 
 # Two captioned images and one without; one caption has a comma, quotes and an accent.
@@ -125,8 +125,9 @@ def test_a_split_is_honoured_and_train_includes_restval(pictures: Path) -> None:
 def test_an_image_in_two_splits_is_refused(pictures: Path) -> None:
     source = pictures.parent / "leak.csv"
     source.write_text("image,caption,split\na.jpg,one,train\na.jpg,two,test\n")
-    with pytest.raises(DataError, match=r"leak\.csv:3: a\.jpg is in split 'test' here"):
-        read_examples(source)
+    for split in (None, "train", "test"):
+        with pytest.raises(DataError, match=r"leak\.csv:3: a\.jpg is in split 'test' here"):
+            read_examples(source, split=split)
 
 
 def test_captions_of_different_sources_stay_apart(pictures: Path) -> None:
@@ -158,6 +159,16 @@ FAULTS = {
         b'{"images": [], "annotations": [{"image_id": 7, "caption": "x"}]}',
         r"annotations\[0\]: no image has the id 7",
     ),
+    "twins.json": (
+        b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.png"}],'
+        b' "annotations": [{"image_id": 1, "caption": "x"}]}',
+        r"images\[1\]: the id 1 is there twice",
+    ),
+    "twice.csv": (
+        b"image,caption,caption\na.jpg,one,two\n",
+        r":1: the column 'caption' is there twice",
+    ),
+    "half.jsonl": (b'{"image": "a.jpg", "caption": "\\ud83d"}\n', r":1: caption: .*surrogate"),
     "prose.txt": (b"a.jpg\na dog runs\n", r":2: 'a dog runs' is not an image name"),
     "empty.csv": (b"", r"holds no images"),
     "model.pt": (b"", r"unknown format \.pt; give a folder"),
@@ -173,6 +184,14 @@ def test_a_fault_names_the_file_and_the_line(pictures: Path, name: str) -> None:
     with pytest.raises(DataError, match=message) as error:
         read_examples(source)
     assert str(error.value).startswith(str(source))
+
+
+def test_sets_that_share_an_image_are_not_compared(pictures: Path) -> None:
+    first = [Example(pictures / "a.jpg", ("x",), None), Example(pictures / "b.png", ("x",), None)]
+    second = [Example(pictures / ".." / "images" / "b.png", ("y",), None)]
+    check_apart(first[:1], second, "data.train", "data.dev")
+    with pytest.raises(DataError, match=r"1 images are in both data\.train and data\.dev.*b\.png"):
+        check_apart(first, second, "data.train", "data.dev")
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:

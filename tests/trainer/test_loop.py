@@ -14,10 +14,10 @@ from filelock import FileLock
 from tiny_captioner import VIT
 
 from trainer.checkpoint import load_checkpoint, save_checkpoint
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
 from trainer.run import Recipe, Run
-from trainer.stages import finetune
+from trainer.stages import evaluate, finetune
 
 
 def recipe(shapes: Path, **changes) -> Recipe:
@@ -116,9 +116,37 @@ def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path: Path) -> No
         assert first["loss"] == pytest.approx(second["loss"], abs=1e-4)
 
 
-def test_another_recipe_s_checkpoint_is_refused(shapes, whole_run) -> None:
-    with pytest.raises(CheckpointError, match="belongs to a run of 12 steps, this recipe makes 18"):
-        finetune.run(recipe(shapes, loop={"epochs": 3}), whole_run)
+@pytest.mark.parametrize("change", [{"loop": {"epochs": 3}}, {"optim": {"lr": 0.5}}, {"seed": 1}])
+def test_another_recipe_s_run_is_refused_and_left_alone(shapes, whole_run, change) -> None:
+    before = {path.name: path.read_bytes() for path in whole_run.iterdir() if path.is_file()}
+    with pytest.raises(CheckpointError, match=f"another recipe .{next(iter(change))}"):
+        finetune.run(recipe(shapes, **change), whole_run)
+    assert before == {p.name: p.read_bytes() for p in whole_run.iterdir() if p.is_file()}
+
+
+def test_what_moves_no_loss_may_change_while_a_run_is_under_way(shapes, tmp_path: Path) -> None:
+    finetune.run(recipe(shapes), tmp_path)
+    dev = {"dev": shapes / "captions_dev.json"}
+    finetune.run(recipe(shapes, loop={"save_every": 3}, data=dev), tmp_path)
+    assert Run(tmp_path).recipe.loop.save_every == 3
+
+
+def test_a_share_of_one_file_is_held_out(shapes, tmp_path: Path) -> None:
+    finetune.run(recipe(shapes, data={"dev_fraction": 0.3}), tmp_path)
+    rows = log(tmp_path)
+    assert len([row for row in rows if "dev/CIDEr-D" in row]) == 2
+    assert len(rows) - 2 < 12  # fewer images, fewer steps than with all of them
+
+
+def test_training_images_are_not_held_out_too(shapes, tmp_path: Path) -> None:
+    both = {"dev": shapes / "captions_train.json"}
+    with pytest.raises(DataError, match=r"48 images are in both data\.train and data\.dev"):
+        finetune.run(recipe(shapes, data=both), tmp_path)
+
+
+def test_more_batches_than_an_epoch_has_cannot_accumulate(shapes, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loop\.accumulate = 7, but an epoch has 6 batches"):
+        finetune.run(recipe(shapes, loop={"accumulate": 7}), tmp_path)
 
 
 def test_two_cannot_train_in_one_folder(shapes, tmp_path: Path) -> None:
@@ -135,6 +163,17 @@ def test_a_run_reads_back_as_the_moving_average(whole_run) -> None:
     name = "captioner.bridge.project.1.weight"
     assert torch.equal(weight, tensors[f"average.{name}"])
     assert not torch.equal(weight, tensors[f"objective.{name}"])
+    # Embedding and head are one weight, of which the average knows one name.
+    head = Run(whole_run).captioner().decoder.model.lm_head.weight
+    name = "captioner.decoder.model.transformer.wte.weight"
+    assert torch.equal(head, tensors[f"average.{name}"])
+    assert not torch.equal(head, tensors[f"objective.{name}"])
+
+
+def test_a_run_does_not_fit_another_architecture(shapes, whole_run, tmp_path: Path) -> None:
+    changed = recipe(shapes, start=whole_run, decoder={"width": 48})
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: of another architecture: "):
+        finetune.run(changed, tmp_path)
 
 
 def test_a_folder_that_is_no_run_says_so(tmp_path: Path) -> None:
@@ -227,7 +266,7 @@ def test_it_overfits_eight_images(shapes, tmp_path: Path) -> None:
     source.write_text(json.dumps(small))
     config = recipe(
         shapes,
-        data={"train": source, "dev": source, "images": shapes / "images", "captions_per_image": 1},
+        data={"train": source, "images": shapes / "images", "captions_per_image": 1},
         augment={"crop": 0.0, "flip": 0.0, "jitter": 0.0},
         decoder={"width": 64, "heads": 4, "dropout": 0.0},
         objective={"label_smoothing": 0.0},
@@ -235,5 +274,7 @@ def test_it_overfits_eight_images(shapes, tmp_path: Path) -> None:
         loop={"epochs": 80, "ema": 0.0, "evaluate_every": 1000, "save_every": 1000},
     )
     finetune.run(config, tmp_path / "run")
-    last = log(tmp_path / "run")[-1]
-    assert last["dev/CIDEr-D"] == pytest.approx(10.0)
+    table = {"model": tmp_path / "run", "data": source, "images": shapes / "images"}
+    evaluate.run(evaluate.Config.model_validate(table), tmp_path)
+    figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
+    assert figures["CIDEr-D"][0] == pytest.approx(10.0)

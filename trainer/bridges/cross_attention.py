@@ -5,6 +5,9 @@ The projection is followed by a learned position a token and by pre-norm self-at
 captioning: Cornia et al., 2020, https://arxiv.org/abs/1912.08226).
 """
 
+from math import isqrt
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +54,27 @@ class Bridge(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return self.norm(hidden)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        name = f"{prefix}position"
+        if name in state:
+            state[name] = resize_positions(state[name], self.position.shape[1])
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def resize_positions(position: Tensor, tokens: int) -> Tensor:
+    """Returns positions (1, N, D) of a square grid for another one of `tokens`, bilinearly.
+
+    So a run may start from one at another image size, as vision transformers do (Dosovitskiy et
+    al., 2020, section 3.2, https://arxiv.org/abs/2010.11929). Where either grid is no square they
+    are returned as they are.
+    """
+    old, new = isqrt(position.shape[1]), isqrt(tokens)
+    if old == new or old**2 != position.shape[1] or new**2 != tokens:
+        return position
+    grid = position.transpose(1, 2).unflatten(2, (old, old))  # (1, D, h, w)
+    resized = nn.functional.interpolate(grid, (new, new), mode="bilinear", align_corners=False)
+    return resized.flatten(2).transpose(1, 2)
 
 
 class _Layer(nn.Module):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from trainer.config import Config as BaseConfig
@@ -85,24 +84,26 @@ class Decoder(nn.Module):
         hidden = transformer.wte(token_ids) + transformer.wpe(position.view(1))  # (R, D)
         present: list[Tensor] = []
         for layer, block in enumerate(transformer.h):
-            query, key, value = block.attn.c_attn(block.ln_1(hidden)).split(self.width, dim=-1)
+            projected = _dense(block.attn.c_attn, block.ln_1(hidden))
+            query, key, value = projected.split(self.width, dim=-1)
             keys = torch.cat([past[2 * layer], self._row_heads(key)], dim=2)
             values = torch.cat([past[2 * layer + 1], self._row_heads(value)], dim=2)
             present += [keys, values]
-            mixed = scaled_dot_product_attention(self._row_heads(query), keys, values)
-            hidden = hidden + block.attn.c_proj(mixed.reshape(-1, self.width))
+            mixed = _attend(self._row_heads(query), keys, values)
+            hidden = hidden + _dense(block.attn.c_proj, mixed.reshape(-1, self.width))
 
             # The rows of one image are queries against one copy of its keys and values.
-            query = block.crossattention.q_attn(block.ln_cross_attn(hidden))
+            query = _dense(block.crossattention.q_attn, block.ln_cross_attn(hidden))
             image_keys, image_values = memory[2 * layer], memory[2 * layer + 1]
             query = query.reshape(image_keys.shape[0], -1, self.heads, self.head_dim).transpose(
                 1, 2
             )
-            mixed = scaled_dot_product_attention(query, image_keys, image_values)
+            mixed = _attend(query, image_keys, image_values)
             mixed = mixed.transpose(1, 2).reshape(-1, self.width)
-            hidden = hidden + block.crossattention.c_proj(mixed)
+            hidden = hidden + _dense(block.crossattention.c_proj, mixed)
 
-            hidden = hidden + block.mlp(block.ln_2(hidden))
+            inner = block.mlp.act(_dense(block.mlp.c_fc, block.ln_2(hidden)))
+            hidden = hidden + _dense(block.mlp.c_proj, inner)
         return self.model.lm_head(transformer.ln_f(hidden)), present
 
     def _row_heads(self, values: Tensor) -> Tensor:  # (R, D) -> (R, H, 1, D / H)
@@ -110,3 +111,18 @@ class Decoder(nn.Module):
 
     def _split_heads(self, values: Tensor) -> Tensor:  # (B, N, D) -> (B, H, N, D / H)
         return values.view(*values.shape[:2], self.heads, self.head_dim).transpose(1, 2)
+
+
+# Both are written out so that the exported step is lean: the layer of `transformers` would flatten
+# and unflatten its input, and PyTorch's attention would copy the keys, transposed, at every step.
+
+
+def _dense(layer: Any, values: Tensor) -> Tensor:
+    """Returns (R, D_out) for values (R, D), by a layer of `transformers` that keeps (D, D_out)."""
+    return torch.addmm(layer.bias, values, layer.weight)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Returns (..., Q, D) for query (..., Q, D) over keys and values (..., T, D)."""
+    weights = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    return weights.softmax(-1) @ values

@@ -1,7 +1,7 @@
 """Readers of JSON documents: COCO captions, Karpathy's splits, a list of records."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -77,7 +77,11 @@ def read_json(path: Path) -> tuple[str, list[Row]]:
 
 
 def _read_coco(coco: _Coco, path: Path) -> list[Row]:
-    captions: dict[int | str, list[str]] = {image.id: [] for image in coco.images}
+    captions: dict[int | str, list[str]] = {}
+    for number, image in enumerate(coco.images):
+        if image.id in captions:
+            raise DataError(f"{path}: images[{number}]: the id {image.id!r} is there twice")
+        captions[image.id] = []
     for number, annotation in enumerate(coco.annotations):
         if annotation.image_id not in captions:
             raise DataError(
@@ -99,8 +103,8 @@ def _read_coco(coco: _Coco, path: Path) -> list[Row]:
 def _read_karpathy(dataset: _Karpathy, path: Path) -> list[Row]:
     return [
         Row(
-            image=f"{image.filepath}/{image.filename}".lstrip("/"),
-            captions=tuple(item.raw for item in image.sentences if item.raw.strip()),
+            image=(PurePosixPath(image.filepath) / image.filename).as_posix(),
+            captions=tuple(captions_of([item.raw for item in image.sentences], str(path))),
             split=image.split,
             source="human",
             where=f"{path}: images[{number}]",

@@ -75,6 +75,12 @@ def read_table(path: Path) -> Iterator[Row]:
     )
     try:
         header = [name.strip().lower() for name in next(reader, [])]
+        twice = [name for name, count in Counter(header).items() if count > 1]
+        if twice:
+            raise DataError(
+                f"{path}:1: the column {twice[0]!r} is there twice; number such columns, as in "
+                "caption_1, caption_2"
+            )
         for cells in reader:
             where = f"{path}:{reader.line_num}"
             if not any(cells):

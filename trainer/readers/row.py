@@ -81,6 +81,8 @@ def captions_of(value: object, where: str) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise DataError(f"{where}: {value!r} holds half of a surrogate pair; it is cut off")
         return [value] if value.strip() else []
     if isinstance(value, Mapping):
         inner = value.get("raw", value.get("caption"))

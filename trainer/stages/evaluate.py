@@ -20,7 +20,8 @@ from exports.manifest import MANIFEST_FILE, Generation
 from exports.text import Tokenizer
 from trainer import variants
 from trainer.config import Config as BaseConfig
-from trainer.data import Example
+from trainer.config import validate
+from trainer.data import Example, check_apart
 from trainer.decoding import Hypothesis, StepModel, TorchSteps, best_hypotheses
 from trainer.intervals import Interval, bootstrap, paired_difference
 from trainer.metrics import cider
@@ -42,10 +43,11 @@ class Config(BaseConfig):
     neighbours: Path | None = None
     """Captioned images to compare with: each image then also gets the caption of its nearest
     neighbour among them, the baseline that any captioner has to beat."""
+    neighbours_split: str | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
     """Changes to the model's own defaults."""
-    batch_size: int = 32
-    sheet_images: int = 200
+    batch_size: int = Field(32, ge=1)
+    sheet_images: int = Field(200, ge=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,11 @@ class Model:
 def run(config: Config, out_dir: Path) -> None:
     """Prints the figures; writes `figures.json`, `captions.jsonl` and `sheet.html` to `out_dir`."""
     model = Model.open(config.model)
+    changed = model.generation.model_dump() | config.generation
+    generation = validate(Generation, changed, "generation")
     examples = read_captioned(config.data, config.images, config.split)
+    others = _others(config, examples)
     pixels = load_all(examples, model.image)
-    generation = Generation.model_validate(model.generation.model_dump() | config.generation)
     found = best_hypotheses(model.steps, pixels, generation, batch_size=config.batch_size)
     captions = [model.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
     references = [example.captions for example in examples]
@@ -100,8 +104,7 @@ def run(config: Config, out_dir: Path) -> None:
     report = {"model": model.name, "images": len(examples), "figures": as_json(figures)}
     print(f"\n{model.name} on {config.data.name}, {len(examples)} images, {_words(generation)}")
     _print(figures)
-    if config.neighbours is not None:
-        others = read_captioned(config.neighbours, config.images, None)
+    if others:
         copied = _nearest_captions(model, pixels, others)
         baseline, gain = score_all(references, copied), _gain(references, captions, copied)
         report |= {"neighbours": as_json(baseline), "gain": as_json(gain)}
@@ -122,6 +125,15 @@ def run(config: Config, out_dir: Path) -> None:
     title = f"{model.name} on {config.data.name}"
     write_sheet(out_dir / "sheet.html", rows, title, figures, limit=config.sheet_images)
     print(f"\nwrote {out_dir}/figures.json, captions.jsonl and sheet.html")
+
+
+def _others(config: Config, examples: Sequence[Example]) -> list[Example]:
+    """Returns the captioned images to compare with, none of which may be evaluated itself."""
+    if config.neighbours is None:
+        return []
+    others = read_captioned(config.neighbours, config.images, config.neighbours_split)
+    check_apart(others, examples, "neighbours", "data")
+    return others
 
 
 def score_all(references: Sequence[Sequence[str]], captions: Sequence[str]) -> dict[str, Interval]:

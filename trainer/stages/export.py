@@ -9,28 +9,30 @@ import io
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata, resources
+from importlib import import_module, resources
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from pydantic import AfterValidator, Field
 
 from exports.bundle import write_bundle
-from exports.images import preprocess
-from exports.manifest import Golden, Manifest
+from exports.images import ImageSpec, preprocess
+from exports.manifest import Golden, Manifest, check_name, check_version
+from trainer.compression import round_weights
 from trainer.config import Config as BaseConfig
 from trainer.data import Example
 from trainer.decoding import StepModel, TorchSteps, beam_search, best_hypotheses
 from trainer.errors import ConfigError
-from trainer.graphs import export_decoder, export_encoder, round_weights
+from trainer.graphs import export_decoder, export_encoder
 from trainer.intervals import Interval
 from trainer.metrics import cider
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import Parity, compare
-from trainer.photos import load_all
+from trainer.photos import load_all, load_pixels
 from trainer.run import Run
 from trainer.stages.evaluate import Model, as_json, score_all
 from trainer.stages.finetune import read_captioned
@@ -52,14 +54,14 @@ class Config(BaseConfig):
 
     run: Path
     """The folder that `finetune` wrote."""
-    name: str
-    version: str = "1"
+    name: Annotated[str, AfterValidator(check_name)]
+    version: Annotated[str, AfterValidator(check_version)] = "1"
     """Publishing may give another."""
     data: Path
     """Captioned images that were not trained on: parity is checked and figures are taken there."""
     images: Path | None = None
     split: str | None = None
-    parity_images: int = 200
+    parity_images: int = Field(200, ge=1)
     golden: tuple[Path, ...] = ()
     """Pictures that go into the bundle with the captions it must give; some are drawn if none are
     named. They are published: name only what may be."""
@@ -69,6 +71,9 @@ class Config(BaseConfig):
 def run(config: Config, out_dir: Path) -> None:
     """Checks parity, takes the figures and writes the bundle to `out_dir`/bundle."""
     source = Run(config.run)
+    if (out_dir / "bundle").exists():
+        raise ConfigError(f"{out_dir / 'bundle'} exists already; choose another folder with --out")
+    _check_golden(config.golden)
     captioner = round_weights(source.captioner())
     print("exporting two graphs ...")
     encoder, encoder_spec = export_encoder(captioner)
@@ -83,6 +88,9 @@ def run(config: Config, out_dir: Path) -> None:
     model = Model(config.name, steps, source.tokenizer, source.recipe.image, generation)
     found = best_hypotheses(steps, pixels, generation)
     captions = [source.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
+    unrounded = best_hypotheses(TorchSteps(source.captioner()), shown, generation)
+    unchanged = sum(a.token_ids == b.token_ids for a, b in zip(unrounded, found, strict=False))
+    print(f"rounding its weights left {unchanged} of {len(shown)} captions as they were")
     references = [example.captions for example in examples]
     figures = score_all(references, captions)
     golden, pictures = _golden(config.golden, model)
@@ -90,7 +98,9 @@ def run(config: Config, out_dir: Path) -> None:
         encoder_spec.file: encoder,
         decoder_spec.file: decoder,
         "tokenizer.json": source.tokenizer_json,
-        "MODEL_CARD.md": _card(config, source, figures, parity, examples, captions).encode(),
+        "MODEL_CARD.md": _card(
+            config, source, figures, parity, unchanged, examples, captions
+        ).encode(),
         **pictures,
     }
     manifest = Manifest(
@@ -113,6 +123,14 @@ def run(config: Config, out_dir: Path) -> None:
     write_bundle(target, manifest, files)
     size = sum(len(body) for body in files.values()) / 1e6
     print(f"wrote {target} ({size:.1f} MB); publish it with: python -m exports publish {target}")
+
+
+def _check_golden(paths: Sequence[Path]) -> None:
+    """Raises DataError or ConfigError for pictures that cannot be taken, before the long work."""
+    for path in paths:
+        load_pixels(path, ImageSpec(height=32, width=32))
+    if len({path.name for path in paths}) < len(paths):
+        raise ConfigError("golden: two of the pictures have one name; rename one")
 
 
 def _golden(paths: Sequence[Path], model: Model) -> tuple[tuple[Golden, ...], dict[str, bytes]]:
@@ -169,6 +187,7 @@ def _card(
     source: Run,
     figures: dict[str, Interval],
     parity: Parity,
+    unchanged: int,
     examples: Sequence[Example],
     captions: Sequence[str],
 ) -> str:
@@ -189,6 +208,7 @@ def _card(
         ),
         decoding=", ".join(f"{k} {v}" for k, v in source.recipe.generation.model_dump().items()),
         parity=parity,
+        unchanged=f"{unchanged} of {min(config.parity_images, len(examples))}",
         worst="\n".join(worst),
     )
 
@@ -200,7 +220,8 @@ def _provenance(source: Run, parity: Parity) -> dict[str, Any]:
         "recipe": _recipe(source),
         "parity": parity.as_json(),
         "python": platform.python_version(),
-        "packages": {package: metadata.version(package) for package in packages},
+        # Asked of the module: ONNX Runtime comes from packages of several names.
+        "packages": {package: import_module(package).__version__ for package in packages},
     }
 
 
@@ -208,6 +229,7 @@ def _recipe(source: Run) -> dict[str, Any]:
     """Returns a run's recipe, and in its `start` that of the run it began with.
 
     Paths are cut to their names, which is all they mean elsewhere; the captions' sha256 is added.
+    A run that is gone by now is only named.
     """
     recipe = source.recipe.model_dump(mode="json")
     data = source.recipe.data
@@ -216,6 +238,6 @@ def _recipe(source: Run) -> dict[str, Any]:
         recipe["data"][key] = None if path is None else path.name
     if data.train.is_file():
         recipe["data"]["train_sha256"] = hashlib.sha256(data.train.read_bytes()).hexdigest()
-    if source.recipe.start is not None:
+    if source.recipe.start is not None and source.recipe.start.is_dir():
         recipe["start"] = _recipe(Run(source.recipe.start))
     return recipe

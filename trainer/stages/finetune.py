@@ -1,8 +1,10 @@
 """`python -m trainer finetune RECIPE`: a captioner from images and their captions."""
 
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -10,18 +12,26 @@ from filelock import FileLock, Timeout
 from exports.text import TextSpec, Tokenizer
 from trainer import variants
 from trainer.captioner import Captioner
-from trainer.config import write_resolved
-from trainer.data import Example, describe, read_examples
+from trainer.config import validate, write_resolved
+from trainer.data import Example, check_apart, describe, read_examples
 from trainer.dataset import CaptionDataset
 from trainer.decoding import TorchSteps, best_hypotheses
-from trainer.errors import CheckpointError, DataError
-from trainer.loop import TrainingLoop
+from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.loop import CHECKPOINT, TrainingLoop
 from trainer.metrics import bleu, cider, distinct
 from trainer.photos import load_all, usable_examples
 from trainer.run import Recipe as Config
 from trainer.run import Run, build_captioner
+from trainer.splits import split_examples
 from trainer.tokenizer import train_tokenizer
 from trainer.transforms import Transform
+
+# Keys of a recipe that may change while its run is under way: none of them moves a loss.
+_CHANGEABLE: Any = {
+    "loop": {"workers", "save_every", "evaluate_every", "device"},
+    "data": {"dev", "dev_split", "dev_images"},
+    "generation": True,
+}
 
 
 def run(config: Config, out_dir: Path) -> None:
@@ -39,13 +49,13 @@ def run(config: Config, out_dir: Path) -> None:
 
 
 def _train(config: Config, out_dir: Path) -> None:
-    examples = read_captioned(config.data.train, config.data.images, config.data.train_split)
+    _claim(config, out_dir)
+    examples, held_out = _read(config)
     text, tokenizer = _tokenizer(config, examples, out_dir)
-    write_resolved(config, out_dir / "recipe.json")
     torch.manual_seed(config.seed)
     captioner = build_captioner(config, text, pretrained=config.start is None)
     if config.start is not None:
-        captioner.load_state_dict(Run(config.start).weights())
+        Run(config.start).load_into(captioner)
     module, objective_config = variants.parse("objectives", config.objective)
     size = (config.image.height, config.image.width)
     dataset = CaptionDataset(
@@ -64,8 +74,39 @@ def _train(config: Config, out_dir: Path) -> None:
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=_evaluation(config, captioner, tokenizer),
+        evaluate=_evaluation(config, captioner, tokenizer, held_out) if held_out else None,
     ).run()
+
+
+def _claim(config: Config, out_dir: Path) -> None:
+    """Writes the recipe, unless the folder's run is of another one."""
+    path = out_dir / "recipe.json"
+    if (out_dir / CHECKPOINT).exists() and path.exists():
+        begun = validate(Config, json.loads(path.read_text(encoding="utf-8")), str(path))
+        old, new = (one.model_dump(mode="json", exclude=_CHANGEABLE) for one in (begun, config))
+        for table in (key for key in new if old[key] != new[key]):
+            raise CheckpointError(
+                f"{out_dir}: holds a run of another recipe ({table}: {old[table]}, here "
+                f"{new[table]}); choose another folder with --out, or remove this one"
+            )
+    else:
+        (out_dir / "text.json").unlink(missing_ok=True)  # of a run that never saved
+    write_resolved(config, path)
+
+
+def _read(config: Config) -> tuple[list[Example], list[Example]]:
+    """Returns the examples to train on, and those that are captioned after an epoch, if any."""
+    data = config.data
+    examples = read_captioned(data.train, data.images, data.train_split)
+    if data.dev is None:
+        if not data.dev_fraction:
+            return examples, []
+        return split_examples(examples, data.dev_fraction, config.seed)
+    if data.dev_fraction:
+        raise ConfigError("data.dev names the held-out images already: leave dev_fraction out")
+    held_out = read_captioned(data.dev, data.images, data.dev_split)
+    check_apart(examples, held_out, "data.train", "data.dev")
+    return examples, held_out
 
 
 def read_captioned(source: Path, images: Path | None, split: str | None) -> list[Example]:
@@ -83,7 +124,7 @@ def _tokenizer(
 ) -> tuple[TextSpec, Tokenizer]:
     """Returns the run's tokenizer: trained once, then read back, so that ids never change."""
     path, spec_path = out_dir / "tokenizer.json", out_dir / "text.json"
-    if config.start is not None:
+    if config.start is not None and not spec_path.exists():
         start = Run(config.start)
         path.write_bytes(start.tokenizer_json)
         spec_path.write_text(start.text.model_dump_json() + "\n", encoding="utf-8")
@@ -101,14 +142,11 @@ def _tokenizer(
 
 
 def _evaluation(
-    config: Config, captioner: Captioner, tokenizer: Tokenizer
-) -> Callable[[int], dict[str, float]] | None:
-    """Returns what the loop calls after an epoch: CIDEr-D of a fixed sample of dev."""
-    if config.data.dev is None:
-        return None
-    examples = read_captioned(config.data.dev, config.data.images, config.data.dev_split)
-    random.Random(config.seed).shuffle(examples)
-    examples = examples[: config.data.dev_images]
+    config: Config, captioner: Captioner, tokenizer: Tokenizer, held_out: Sequence[Example]
+) -> Callable[[int], dict[str, float]]:
+    """Returns what the loop calls after an epoch: CIDEr-D of a fixed sample of `held_out`."""
+    count = min(config.data.dev_images, len(held_out))
+    examples = random.Random(config.seed).sample(held_out, count)
     pixels = load_all(examples, config.image)
     references = [example.captions for example in examples]
 
