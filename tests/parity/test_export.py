@@ -24,6 +24,7 @@ from trainer.graphs import export_decoder, export_encoder
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import Parity, compare
 from trainer.photos import load_pixels
+from trainer.run import Run
 from trainer.stages import evaluate, export, finetune
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
@@ -247,6 +248,25 @@ def test_an_evaluation_compares_with_other_images_only(
     table = {"model": run, "data": data, "generation": {"num_beam": 3}}
     with pytest.raises(ConfigError, match=r"unknown key 'num_beam'; the keys are .*num_beams"):
         evaluate.run(evaluate.Config.model_validate(table), tmp_path)
+
+
+def test_a_blend_lies_between_a_run_and_its_start(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, _ = exported
+    start = Run(run)
+    second = start.recipe.model_copy(
+        update={"start": run, "loop": start.recipe.loop.model_copy(update={"epochs": 4})}
+    )
+    finetune.run(second, tmp_path)
+    ends = [Run(folder).captioner().state_dict() for folder in (run, tmp_path)]
+    blended = export.blended(Run(tmp_path), 0.25).state_dict()
+    for name, tensor in blended.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, torch.lerp(ends[0][name], ends[1][name], 0.25))
+    assert not torch.equal(ends[0]["bridge.position"], ends[1]["bridge.position"])
+    with pytest.raises(ConfigError, match="started from no other run"):
+        export.blended(start, 0.5)
 
 
 def test_a_bundle_tells_where_it_came_from_and_no_path(exported: tuple[Path, Path]) -> None:

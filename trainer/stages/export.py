@@ -8,6 +8,7 @@ import hashlib
 import io
 import platform
 from collections.abc import Sequence
+from copy import deepcopy
 from datetime import UTC, datetime
 from importlib import import_module, resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from string import Template
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pydantic import AfterValidator, Field
@@ -22,6 +24,7 @@ from pydantic import AfterValidator, Field
 from exports.bundle import write_bundle
 from exports.images import ImageSpec, preprocess
 from exports.manifest import Golden, Manifest, check_name, check_version
+from trainer.captioner import Captioner
 from trainer.compression import round_weights
 from trainer.config import Config as BaseConfig
 from trainer.data import Example
@@ -61,6 +64,8 @@ class Config(BaseConfig):
     """Captioned images that were not trained on: parity is checked and figures are taken there."""
     images: Path | None = None
     split: str | None = None
+    blend: float = Field(1.0, ge=0, le=1)
+    """Share of the run's own weights; the rest is those of the run that it started from."""
     parity_images: int = Field(200, ge=1)
     golden: tuple[Path, ...] = ()
     """Pictures that go into the bundle with the captions it must give; some are drawn if none are
@@ -74,7 +79,8 @@ def run(config: Config, out_dir: Path) -> None:
     if (out_dir / "bundle").exists():
         raise ConfigError(f"{out_dir / 'bundle'} exists already; choose another folder with --out")
     _check_golden(config.golden)
-    captioner = round_weights(source.captioner())
+    trained = blended(source, config.blend)
+    captioner = round_weights(deepcopy(trained))
     print("exporting two graphs ...")
     encoder, encoder_spec = export_encoder(captioner)
     decoder, decoder_spec = export_decoder(captioner)
@@ -88,7 +94,7 @@ def run(config: Config, out_dir: Path) -> None:
     model = Model(config.name, steps, source.tokenizer, source.recipe.image, generation)
     found = best_hypotheses(steps, pixels, generation)
     captions = [source.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
-    unrounded = best_hypotheses(TorchSteps(source.captioner()), shown, generation)
+    unrounded = best_hypotheses(TorchSteps(trained), shown, generation)
     unchanged = sum(a.token_ids == b.token_ids for a, b in zip(unrounded, found, strict=False))
     print(f"rounding its weights left {unchanged} of {len(shown)} captions as they were")
     references = [example.captions for example in examples]
@@ -116,13 +122,33 @@ def run(config: Config, out_dir: Path) -> None:
         defaults=generation,
         golden=golden,
         metrics={"data": config.data.name, "images": len(examples), "figures": as_json(figures)},
-        provenance=_provenance(source, parity),
+        provenance=_provenance(source, config.blend, parity),
         files={},
     )
     target = out_dir / "bundle"
     write_bundle(target, manifest, files)
     size = sum(len(body) for body in files.values()) / 1e6
     print(f"wrote {target} ({size:.1f} MB); publish it with: python -m exports publish {target}")
+
+
+def blended(source: Run, share: float) -> Captioner:
+    """Returns the run's captioner, its weights averaged with those that it started from.
+
+    What a second stage gains on its own measure it may lose on others; between the two sets of
+    weights there is often a better one (Wortsman et al., 2021, "Robust fine-tuning of zero-shot
+    models", https://arxiv.org/abs/2109.01903).
+    """
+    captioner = source.captioner()
+    if share == 1:
+        return captioner
+    if source.recipe.start is None:
+        raise ConfigError(f"blend = {share}, but {source.folder} started from no other run")
+    before = deepcopy(captioner)
+    Run(source.recipe.start).load_into(before)
+    with torch.no_grad():  # buffers are the same: normalisation keeps its statistics
+        for name, parameter in captioner.named_parameters():
+            parameter.lerp_(before.get_parameter(name), 1 - share)
+    return captioner
 
 
 def _check_golden(paths: Sequence[Path]) -> None:
@@ -213,11 +239,12 @@ def _card(
     )
 
 
-def _provenance(source: Run, parity: Parity) -> dict[str, Any]:
+def _provenance(source: Run, blend: float, parity: Parity) -> dict[str, Any]:
     """Returns what the bundle came from."""
     packages = ("torch", "timm", "transformers", "onnx", "onnxruntime")
     return {
         "recipe": _recipe(source),
+        "blend": blend,
         "parity": parity.as_json(),
         "python": platform.python_version(),
         # Asked of the module: ONNX Runtime comes from packages of several names.
