@@ -32,6 +32,7 @@ from trainer.compression import round_weights
 from trainer.errors import TrainerError
 from trainer.photos import load_pixels
 from trainer.run import Run
+from trainer.stages.export import blended
 
 BATCHES = (1, 8, 32)
 TURN = 32  # images, or four batches if those are more, before the next side has its turn
@@ -81,10 +82,10 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
     elif not (run / "recipe.json").exists():
         raise UsageError(NO_RUN.format(run))
     torch.set_num_threads(arguments.threads)
-    source = Run(run)
-    captioner = round_weights(source.captioner())
+    source, served = Run(run), Served.load(bundle, threads=arguments.threads)
+    blend = served.manifest.provenance.get("blend", 1.0)
+    captioner = round_weights(blended(source, float(str(blend))))
     captioner.encoder.to(memory_format=torch.channels_last)  # convolves in half the time
-    served = Served.load(bundle, threads=arguments.threads)
     paths, pixels = _decode(images, served, arguments.count)
     generation = served.manifest.defaults
     runner = stack.enter_context(asyncio.Runner())

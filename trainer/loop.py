@@ -25,19 +25,19 @@ class Loop(Config):
     """Keys of `[loop]`."""
 
     epochs: int = Field(ge=1)
-    batch_size: int = Field(32, ge=1)
-    accumulate: int = Field(1, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients are averaged into one step."""
     autocast: Literal["off", "bf16", "fp16"] = "off"
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of the weights' moving average, which is what is evaluated and kept; 0 is off."""
-    workers: int = Field(1, ge=0)
+    workers: int = Field(default=1, ge=0)
     """Processes that prepare batches; 0 prepares them in the loop."""
-    save_every: int = Field(500, ge=1)
+    save_every: int = Field(default=500, ge=1)
     """Steps between checkpoints, besides one after each epoch."""
-    evaluate_every: int = Field(1, ge=1)
+    evaluate_every: int = Field(default=1, ge=1)
     """Epochs between evaluations; the last epoch is always evaluated."""
     device: str = "auto"
 

@@ -32,11 +32,11 @@ class Data(Config):
     """The folder that image names are relative to; by default found beside the files."""
     train_split: str | None = None
     dev_split: str | None = None
-    dev_fraction: float = Field(0.0, ge=0, lt=1)
+    dev_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of `train` held out as `dev`, near-duplicates on one side; 0 where `dev` is named."""
-    dev_images: int = Field(200, ge=1)
+    dev_images: int = Field(default=200, ge=1)
     """How many images of `dev` are captioned after an epoch, to see how the run goes."""
-    captions_per_image: int = Field(5, ge=1)
+    captions_per_image: int = Field(default=5, ge=1)
 
 
 class TokenizerConfig(Config):

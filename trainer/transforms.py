@@ -17,19 +17,19 @@ class Augment(Config):
     alone whose captions say either word.
     """
 
-    crop: float = Field(0.0, ge=0, lt=1)
+    crop: float = Field(default=0.0, ge=0, lt=1)
     """Random resized crop that keeps at least 1 - `crop` of the area."""
-    flip: float = Field(0.0, ge=0, le=1)
+    flip: float = Field(default=0.0, ge=0, le=1)
     """Probability of a horizontal flip."""
-    rotation: float = Field(0.0, ge=0, le=180)
+    rotation: float = Field(default=0.0, ge=0, le=180)
     """Largest angle, in degrees."""
-    jitter: float = Field(0.0, ge=0, le=1)
+    jitter: float = Field(default=0.0, ge=0, le=1)
     """Strength of brightness, contrast and saturation changes."""
-    hue: float = Field(0.0, ge=0, le=0.5)
+    hue: float = Field(default=0.0, ge=0, le=0.5)
     """Strength of the change of hue, at most 0.5."""
-    grey: float = Field(0.0, ge=0, le=1)
+    grey: float = Field(default=0.0, ge=0, le=1)
     """Probability of losing all colour."""
-    erase: float = Field(0.0, ge=0, le=1)
+    erase: float = Field(default=0.0, ge=0, le=1)
     """Probability of erasing a rectangle."""
 
 

@@ -46,8 +46,8 @@ class Config(BaseConfig):
     neighbours_split: str | None = None
     generation: dict[str, Any] = Field(default_factory=dict)
     """Changes to the model's own defaults."""
-    batch_size: int = Field(32, ge=1)
-    sheet_images: int = Field(200, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    sheet_images: int = Field(default=200, ge=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,9 +64,9 @@ class Config(BaseConfig):
     """Captioned images that were not trained on: parity is checked and figures are taken there."""
     images: Path | None = None
     split: str | None = None
-    blend: float = Field(1.0, ge=0, le=1)
+    blend: float = Field(default=1.0, ge=0, le=1)
     """Share of the run's own weights; the rest is those of the run that it started from."""
-    parity_images: int = Field(200, ge=1)
+    parity_images: int = Field(default=200, ge=1)
     golden: tuple[Path, ...] = ()
     """Pictures that go into the bundle with the captions it must give; some are drawn if none are
     named. They are published: name only what may be."""
