@@ -1,6 +1,7 @@
 """What a run tells: JSON lines, TensorBoard, and one line of progress on the terminal."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +48,8 @@ class RunLog:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records values under their names at `step`."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -1,5 +1,6 @@
 """Three implementations of one captioner: PyTorch, the trainer's ONNX steps, the server."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -281,3 +282,14 @@ def test_a_bundle_tells_where_it_came_from_and_no_path(exported: tuple[Path, Pat
     card = bundle.read("MODEL_CARD.md").decode()
     assert "| CIDEr-D |" in card and "$" not in card
     assert f"of {len(PHOTOS)} captions\nas they were" in card
+
+
+def test_a_figure_without_a_value_is_null(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    run, _ = exported
+    lone = tmp_path / "lone.csv"
+    lone.write_text(f"image,caption\n{PHOTOS[0].resolve()},a photograph\n")
+    with pytest.warns(UserWarning, match="CIDEr"):
+        evaluate.run(evaluate.Config.model_validate({"model": run, "data": lone}), tmp_path)
+    body = (tmp_path / "figures.json").read_text()
+    assert "NaN" not in body
+    assert json.loads(body)["figures"]["CIDEr-D"][0] is None

@@ -4,6 +4,7 @@ Takes a run's folder or a bundle, and captions a data set with the trainer's own
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +146,17 @@ def score_all(references: Sequence[Sequence[str]], captions: Sequence[str]) -> d
 
 
 def as_json(figures: dict[str, Interval]) -> dict[str, Any]:
-    """Returns each figure as [value, low, high], rounded to 4 digits."""
-    return {k: [round(v.value, 4), round(v.low, 4), round(v.high, 4)] for k, v in figures.items()}
+    """Returns each figure as [value, low, high], rounded to 4 digits; None where it has no value.
+
+    CIDEr-D of a single image has none, and JSON has no word for it.
+    """
+    return {
+        name: [
+            None if math.isnan(number) else round(number, 4)
+            for number in (figure.value, figure.low, figure.high)
+        ]
+        for name, figure in figures.items()
+    }
 
 
 def _gain(
