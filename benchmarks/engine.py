@@ -83,8 +83,7 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
         raise UsageError(NO_RUN.format(run))
     torch.set_num_threads(arguments.threads)
     source, served = Run(run), Served.load(bundle, threads=arguments.threads)
-    blend = served.manifest.provenance.get("blend", 1.0)
-    captioner = round_weights(blended(source, float(str(blend))))
+    captioner = round_weights(blended(source, served.manifest.provenance["blend"]))
     captioner.encoder.to(memory_format=torch.channels_last)  # convolves in half the time
     paths, pixels = _decode(images, served, arguments.count)
     generation = served.manifest.defaults

@@ -266,6 +266,11 @@ def test_a_blend_lies_between_a_run_and_its_start(
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, torch.lerp(ends[0][name], ends[1][name], 0.25))
     assert not torch.equal(ends[0]["bridge.position"], ends[1]["bridge.position"])
+    weights = {**second.encoder, "weights": str(tmp_path / "some.pth")}
+    moved = Run(tmp_path)
+    moved.recipe = second.model_copy(update={"start": tmp_path / "gone", "encoder": weights})
+    told = export._recipe(moved)
+    assert (told["start"], told["encoder"]["weights"]) == ("gone", "some.pth")
     with pytest.raises(ConfigError, match="started from no other run"):
         export.blended(start, 0.5)
 
@@ -281,7 +286,7 @@ def test_a_bundle_tells_where_it_came_from_and_no_path(exported: tuple[Path, Pat
         assert b"site-packages" not in body, name
     card = bundle.read("MODEL_CARD.md").decode()
     assert "| CIDEr-D |" in card and "$" not in card
-    assert f"of {len(PHOTOS)} captions\nas they were" in card
+    assert f"of {len(PHOTOS)} captions as they\nwere" in card
 
 
 def test_a_figure_without_a_value_is_null(exported: tuple[Path, Path], tmp_path: Path) -> None:

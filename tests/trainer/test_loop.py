@@ -124,6 +124,19 @@ def test_another_recipe_s_run_is_refused_and_left_alone(shapes, whole_run, chang
     assert before == {p.name: p.read_bytes() for p in whole_run.iterdir() if p.is_file()}
 
 
+def test_a_data_set_that_shrank_is_refused(shapes, tmp_path: Path) -> None:
+    source = tmp_path / "train.json"
+    data = json.loads((shapes / "captions_train.json").read_text())
+    source.write_text(json.dumps(data))
+    table = {"train": source, "images": shapes / "images"}
+    finetune.run(recipe(shapes, data=table), tmp_path / "run")
+    kept = {row["id"] for row in data["images"][:16]}
+    rows = [row for row in data["annotations"] if row["image_id"] in kept]
+    source.write_text(json.dumps({"images": data["images"][:16], "annotations": rows}))
+    with pytest.raises(CheckpointError, match="a run of 12 steps, this recipe makes 4"):
+        finetune.run(recipe(shapes, data=table), tmp_path / "run")
+
+
 def test_what_moves_no_loss_may_change_while_a_run_is_under_way(shapes, tmp_path: Path) -> None:
     finetune.run(recipe(shapes), tmp_path)
     dev = {"dev": shapes / "captions_dev.json"}

@@ -16,19 +16,28 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 from trainer.errors import DataError
 
 Ngram = tuple[str, ...]
 
-# Python's \w leaves them out, but without its vowel signs a Hindi or Thai word falls to pieces.
-_MARKS = "".join(c for c in map(chr, range(sys.maxunicode)) if unicodedata.category(c)[0] == "M")
-_WORD = re.compile(rf"(?:[^\W_]|[{_MARKS}])+")
+_PLAIN = re.compile(r"[^\W_]+")
+
+
+@cache
+def _marked() -> re.Pattern[str]:
+    """Finds words with their marks, which `re` takes for gaps: Hindi would fall to pieces."""
+    signs = map(chr, range(sys.maxunicode))
+    marks = "".join(sign for sign in signs if unicodedata.category(sign).startswith("M"))
+    return re.compile(rf"(?:[^\W_]|[{marks}])+")
 
 
 def words(caption: str) -> list[str]:
     """Returns the lower-case words of a caption, without punctuation."""
-    return _WORD.findall(unicodedata.normalize("NFC", caption.lower()))
+    if caption.isascii():
+        return _PLAIN.findall(caption.lower())
+    return _marked().findall(unicodedata.normalize("NFC", caption.lower()))
 
 
 def ngrams(tokens: Sequence[str], order: int) -> Counter[Ngram]:

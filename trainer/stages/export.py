@@ -96,7 +96,8 @@ def run(config: Config, out_dir: Path) -> None:
     captions = [source.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
     unrounded = best_hypotheses(TorchSteps(trained), shown, generation)
     unchanged = sum(a.token_ids == b.token_ids for a, b in zip(unrounded, found, strict=False))
-    print(f"rounding its weights left {unchanged} of {len(shown)} captions as they were")
+    rounding = f"{unchanged} of {len(shown)} captions"
+    print(f"rounding its weights left {rounding} as they were")
     references = [example.captions for example in examples]
     figures = score_all(references, captions)
     golden, pictures = _golden(config.golden, model)
@@ -105,7 +106,7 @@ def run(config: Config, out_dir: Path) -> None:
         decoder_spec.file: decoder,
         "tokenizer.json": source.tokenizer_json,
         "MODEL_CARD.md": _card(
-            config, source, figures, parity, unchanged, examples, captions
+            config, source, figures, parity, rounding, examples, captions
         ).encode(),
         **pictures,
     }
@@ -213,7 +214,7 @@ def _card(
     source: Run,
     figures: dict[str, Interval],
     parity: Parity,
-    unchanged: int,
+    rounding: str,
     examples: Sequence[Example],
     captions: Sequence[str],
 ) -> str:
@@ -234,7 +235,7 @@ def _card(
         ),
         decoding=", ".join(f"{k} {v}" for k, v in source.recipe.generation.model_dump().items()),
         parity=parity,
-        unchanged=f"{unchanged} of {min(config.parity_images, len(examples))}",
+        rounding=rounding,
         worst="\n".join(worst),
     )
 
@@ -265,6 +266,9 @@ def _recipe(source: Run) -> dict[str, Any]:
         recipe["data"][key] = None if path is None else path.name
     if data.train.is_file():
         recipe["data"]["train_sha256"] = hashlib.sha256(data.train.read_bytes()).hexdigest()
-    if source.recipe.start is not None and source.recipe.start.is_dir():
-        recipe["start"] = _recipe(Run(source.recipe.start))
+    if "weights" in recipe["encoder"]:
+        recipe["encoder"]["weights"] = recipe["encoder"]["weights"].rpartition("/")[2]
+    start = source.recipe.start
+    if start is not None:
+        recipe["start"] = _recipe(Run(start)) if start.is_dir() else start.name
     return recipe

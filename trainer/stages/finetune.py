@@ -26,7 +26,7 @@ from trainer.splits import split_examples
 from trainer.tokenizer import train_tokenizer
 from trainer.transforms import Transform
 
-# Keys of a recipe that may change while its run is under way: none of them moves a loss.
+# Keys of a recipe that may change while its run is under way: what is learnt is the same.
 _CHANGEABLE: Any = {
     "loop": {"workers", "save_every", "evaluate_every", "device"},
     "data": {"dev", "dev_split", "dev_images"},
@@ -84,7 +84,8 @@ def _claim(config: Config, out_dir: Path) -> None:
     if (out_dir / CHECKPOINT).exists() and path.exists():
         begun = validate(Config, json.loads(path.read_text(encoding="utf-8")), str(path))
         old, new = (one.model_dump(mode="json", exclude=_CHANGEABLE) for one in (begun, config))
-        for table in (key for key in new if old[key] != new[key]):
+        if old != new:
+            table = next(name for name in new if old[name] != new[name])
             raise CheckpointError(
                 f"{out_dir}: holds a run of another recipe ({table}: {old[table]}, here "
                 f"{new[table]}); choose another folder with --out, or remove this one"
