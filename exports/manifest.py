@@ -69,7 +69,8 @@ class EncoderSpec(_Strict):
 class DecoderSpec(_Strict):
     """The decode-step graph, with its tensors by name.
 
-    `past` and `present` are float32 (R, heads, T, head_dim) in the same order: k.0 v.0 k.1 v.1 ...
+    `memory` and `cache` name tensors in the same order: k.0 v.0 k.1 v.1 ... What a graph changes in
+    place goes in as `name` and comes out as `next_name(name)`.
     """
 
     file: FileName = "decoder.onnx"
@@ -77,18 +78,26 @@ class DecoderSpec(_Strict):
     heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
     memory: tuple[str, ...] = Field(min_length=1)
-    past: tuple[str, ...]
-    present: tuple[str, ...]
+    cache: tuple[str, ...]
 
     @model_validator(mode="after")
     def _two_caches_a_layer(self) -> "DecoderSpec":
-        for name, tensors in (("past", self.past), ("present", self.present)):
-            if len(tensors) != 2 * self.layers:
-                raise ValueError(
-                    f"{name} names {len(tensors)} tensors, but {self.layers} layers have "
-                    f"{2 * self.layers}: a key and a value each"
-                )
+        if len(self.cache) != 2 * self.layers:
+            raise ValueError(
+                f"cache names {len(self.cache)} tensors, but {self.layers} layers have "
+                f"{2 * self.layers}: a key and a value each"
+            )
         return self
+
+
+def next_name(name: str) -> str:
+    """Returns the name of the output that is an input after the step, in the same memory."""
+    return f"{name}.next"
+
+
+def encoded_name(name: str) -> str:
+    """Returns the name under which the join graph takes an output of the encoder."""
+    return f"encoded_{name}"
 
 
 class Generation(_Strict):
@@ -136,7 +145,7 @@ class Manifest(_Strict):
     resolved recipe, data, base weights and parity report.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: Annotated[str, AfterValidator(check_name)]
     version: Annotated[str, AfterValidator(check_version)]
     created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)$")
@@ -146,6 +155,7 @@ class Manifest(_Strict):
     text: TextSpec
     encoder: EncoderSpec
     decoder: DecoderSpec
+    join_file: FileName = "join.onnx"
     tokenizer_file: FileName = "tokenizer.json"
     defaults: Generation = Generation()
     golden: tuple[Golden, ...] = ()
@@ -161,7 +171,7 @@ class Manifest(_Strict):
 
     def required_files(self) -> tuple[str, ...]:
         """Returns the files that the manifest's own fields speak of, without repetition."""
-        named = (self.encoder.file, self.decoder.file, self.tokenizer_file)
+        named = (self.encoder.file, self.decoder.file, self.join_file, self.tokenizer_file)
         return tuple(dict.fromkeys((*named, *(golden.image for golden in self.golden))))
 
     def to_json(self) -> bytes:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from exports.errors import ExportsError
 from exports.registry import Registry
-from serving.captioner import Caption, Captioner, Params
+from serving.captioner import SLOTS, Caption, Captioner, Params
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import CaptionError, UndecodableImage
 from serving.schema import CaptionAnswer
@@ -107,7 +107,7 @@ def _captioned(
     """Yields each file with its captions or what was wrong with it, in order, batch by batch."""
     limits = ImageLimits(max_pixels=settings.max_pixels)
     remaining = iter(paths)
-    while batch := list(islice(remaining, settings.max_batch_size)):
+    while batch := list(islice(remaining, SLOTS)):
         decoded = [_decoded(path, captioner, limits) for path in batch]
         good = [pixels for pixels in decoded if not isinstance(pixels, CaptionError)]
         captions = iter(captioner.caption_batch(good, [params] * len(good)) if good else ())

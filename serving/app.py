@@ -105,7 +105,7 @@ def create_app(
         ),
         # The engine counts what waits for it; images that wait to be decoded count here.
         Budget(
-            settings.max_queue + settings.max_batch_size,
+            settings.max_queue + settings.max_rows,
             "As many images wait already as the server has room for.",
         ),
     )

@@ -6,20 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from exports.bundle import Bundle
 from exports.errors import ExportsError
 from exports.images import ImageSpec
 from exports.manifest import Generation, Manifest
 from exports.text import Tokenizer
-from serving.beam import BeamParams, Hypothesis, beam_search
+from serving.beam import MAX_BEAMS, BeamParams, Beams, Done, Hypothesis
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionError, CaptionFailed, ParameterError
 from serving.limits import MAX_LENGTH_PENALTY
-from serving.session import Observer, OnnxSession, Pixels, Provider
+from serving.memories import Encoded, MemoryCache
+from serving.session import Graphs, Observer, OnnxSession, Pixels, Provider
 
 logger = logging.getLogger(__name__)
+
+SLOTS = 64  # images that one captioner searches at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +52,44 @@ class Caption:
     token_ids: tuple[int, ...]
 
 
-class Captioner:
-    """A bundle that has proved itself. `caption_batch` is for one thread at a time."""
+Result = list[Caption] | CaptionFailed
 
-    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, session: OnnxSession) -> None:
+
+class Captioner:
+    """A bundle that has proved itself: images are encoded, join, and leave with their captions.
+
+    `encode` is for one thread at a time, and so is all the rest, but not for the same one.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokenizer: Tokenizer,
+        session: OnnxSession,
+        *,
+        slots: int = SLOTS,
+        cache_bytes: int = 0,
+    ) -> None:
         """Use `Captioner.load`, which verifies."""
         self.manifest = manifest
         self._tokenizer = tokenizer
         self._session = session
+        self._slots = slots
+        self._decoding = session.decoding(slots)
+        self._beams = Beams(self._decoding, slots=slots)
+        self._memories = MemoryCache(cache_bytes)
 
     @classmethod
-    def load(cls, path: Path, *, threads: int, provider: Provider = "cpu") -> "Captioner":
+    def load(
+        cls, path: Path, *, threads: int, provider: Provider = "cpu", cache_bytes: int = 0
+    ) -> "Captioner":
         """Opens the bundle in `path`, loads its graphs, and lets it caption its golden images.
 
         Args:
             path: A bundle's folder.
             threads: CPU threads that share the work of one run.
             provider: Where the graphs run.
+            cache_bytes: How much is kept of images that were encoded, for when they come again.
 
         Raises:
             BundleRejected: A file is damaged, the graphs do not load or do not fit the manifest, or
@@ -77,17 +99,16 @@ class Captioner:
             bundle = Bundle.open(path)
             manifest = bundle.manifest
             tokenizer = bundle.tokenizer()
-            encoder = bundle.read(manifest.encoder.file)
-            decoder = bundle.read(manifest.decoder.file)
+            graphs = Graphs.read(bundle)
         except ExportsError as error:
             raise BundleRejected(str(error)) from error
         try:
-            session = OnnxSession(encoder, decoder, manifest, threads=threads, provider=provider)
+            session = OnnxSession(graphs, manifest, threads=threads, provider=provider)
+            captioner = cls(manifest, tokenizer, session, cache_bytes=cache_bytes)
         except BundleRejected as error:
             raise BundleRejected(f"{path}: {error.detail}") from error
         except Exception as error:  # ONNX Runtime's errors share no base but this
             raise _not_shown(f"{path}: the graphs do not load") from error
-        captioner = cls(manifest, tokenizer, session)
         captioner._prove(bundle)
         return captioner
 
@@ -110,13 +131,72 @@ class Captioner:
         """Raises ParameterError if this model cannot search by `params`."""
         self._search_params(params)
 
+    @property
+    def rows(self) -> int:
+        """Beams that the images in search may come to."""
+        return self._beams.rows
+
+    @property
+    def free_slots(self) -> int:
+        """How many images may join."""
+        return self._slots - self._beams.images
+
+    def encode(self, pixels: Sequence[Pixels], observer: Observer | None = None) -> list[Encoded]:
+        """Returns what the decoder needs of each image, uint8 (H, W, 3), from `decode_image`.
+
+        Images that are the same, or were encoded of late, are not encoded again.
+        """
+        return self._memories.encode(pixels, lambda new: self._session.encode(new, observer))
+
+    def join(self, encoded: Encoded, params: Params) -> int:
+        """Puts an image to a free slot, where the next `step` begins with it; returns the slot.
+
+        Raises:
+            ParameterError: An entry of `params` is out of range.
+        """
+        slot = self._beams.join(self._search_params(params))
+        try:
+            self._decoding.place(encoded.memory, [encoded.index], [slot])
+        except Exception:
+            self._beams.leave(slot)
+            raise
+        return slot
+
+    def leave(self, slot: int) -> None:
+        """Frees the slot of an image that nobody waits for."""
+        self._beams.leave(slot)
+
+    def step(self, observer: Observer | None = None) -> list[tuple[int, Result]]:
+        """Continues every image by one token; returns the slots that got free, and their captions.
+
+        If the step fails, each image is tried alone, so that a bad one harms only itself.
+        """
+        self._decoding.observer = observer
+        try:
+            gone = self._beams.advance()
+        except Exception as error:  # nothing that a model or an image does may end the caller
+            logger.warning("a step of %d images failed: %r", self._beams.images, error)
+        else:
+            return [(done.slot, self._result(done)) for done in gone]
+        found: list[tuple[int, Result]] = []
+        for slot in self._beams.slots:
+            try:
+                gone = self._beams.advance([slot])
+            except Exception:
+                logger.exception("an image could not be captioned")
+                self._beams.leave(slot)
+                found.append((slot, CaptionFailed(f"{self._called} failed on this image.")))
+            else:
+                found += [(done.slot, self._result(done)) for done in gone]
+        return found
+
     def caption_batch(
         self,
         pixels: Pixels | Sequence[Pixels],
         params: Sequence[Params],
         *,
         observer: Observer | None = None,
-    ) -> list[list[Caption] | CaptionFailed]:
+    ) -> list[Result]:
         """Returns the captions of each image, best first, or why there are none.
 
         Args:
@@ -127,12 +207,32 @@ class Captioner:
         Raises:
             ParameterError: An entry of `params` is out of range.
         """
-        searches = [self._search_params(entry) for entry in params]
-        memory = self._session.encode(np.stack(list(pixels)), observer)
-        found = beam_search(self._session.start(memory, observer), searches)
-        return [self._captions(hypotheses) for hypotheses in found]
+        for entry in params:
+            self.check(entry)
+        found: dict[int, Result] = {}
+        images = list(zip(pixels, params, strict=True))
+        for start in range(0, len(images), self._slots):
+            part = images[start : start + self._slots]
+            encoded = self.encode([image for image, _ in part], observer)
+            places = {
+                self.join(one, entry): start + place
+                for place, (one, (_, entry)) in enumerate(zip(encoded, part, strict=True))
+            }
+            while places:
+                for slot, result in self.step(observer):
+                    found[places.pop(slot)] = result
+        return [found[place] for place in range(len(images))]
 
-    def _captions(self, hypotheses: Sequence[Hypothesis]) -> list[Caption] | CaptionFailed:
+    @property
+    def _called(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    def _result(self, done: Done) -> Result:
+        if done.is_nan:
+            return CaptionFailed(f"{self._called} gave numbers that are not finite for this image.")
+        return self._captions(done.hypotheses)
+
+    def _captions(self, hypotheses: Sequence[Hypothesis]) -> Result:
         if not hypotheses:
             return CaptionFailed("The model found no caption for this image by these parameters.")
         return [
@@ -150,7 +250,8 @@ class Captioner:
         text = self.manifest.text
         prefix_ids = tuple(self._tokenizer.prefix_ids(params.prefix))
         room = text.max_length - 1 - len(prefix_ids)
-        _require(1 <= params.num_beams <= text.vocab_size, "num_beams", f"1 to {text.vocab_size}")
+        widest = min(text.vocab_size, MAX_BEAMS)
+        _require(1 <= params.num_beams <= widest, "num_beams", f"1 to {widest}")
         _require(
             1 <= params.num_captions <= params.num_beams,
             "num_captions",
@@ -192,7 +293,7 @@ class Captioner:
             raise _not_shown(f"{bundle.path}: the graphs do not run") from error
         for entry, captions in zip(golden, found, strict=True):
             if isinstance(captions, CaptionFailed):
-                raise BundleRejected(f"{bundle.path}: {entry.image} gets no caption at all")
+                raise BundleRejected(f"{bundle.path}: {entry.image}: {captions.detail}")
             if captions[0].token_ids != entry.token_ids:
                 raise BundleRejected(
                     f"{bundle.path}: {entry.image} is captioned {captions[0].text!r},"

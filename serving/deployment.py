@@ -64,8 +64,9 @@ class CaptionService:
         if status.last_error and not alone:
             raise RuntimeError(f"no model to serve: {status.reference}: {status.last_error.reason}")
         self._engine = Engine(
-            max_batch_size=settings.max_batch_size,
+            max_rows=settings.max_rows,
             max_queue=settings.max_queue,
+            latency_target_s=settings.latency_target_s,
             metrics=self._metrics,
         )
         self._settings = settings
@@ -110,7 +111,7 @@ def build(args: Settings) -> "Application":
 
     deployment = serve.deployment(
         name="CaptionService",
-        max_ongoing_requests=2 * args.max_queue + args.max_batch_size,
+        max_ongoing_requests=2 * args.max_queue + args.max_rows,
         max_queued_requests=args.max_queue,
         backpressure_config={"status_code": 429, "retry_after_s": 1},
         health_check_period_s=2,

@@ -1,7 +1,12 @@
-"""The batcher: what waits together is captioned together, on one compute thread.
+"""The step scheduler: images join and leave a running search between any two of its steps.
 
-There is no timer. An idle engine starts at once on whatever it gets; what arrives meanwhile is the
-next batch. So a lone request waits for nobody, and batches grow with the load by themselves.
+Two threads. One encodes what waits, in small batches, ahead of need; the other runs decode steps
+over all beams of all images at once. So nobody waits for the slowest of a batch: an image that is
+done leaves at once, and an encoded one takes its rows. A lone image waits for nobody.
+
+What is admitted is counted in rows, the beams that an image may come to. Their number follows one
+knob, the latency target: as long as images are captioned faster than that, more rows run together,
+which captions more images a second; when one takes longer, fewer.
 """
 
 import asyncio
@@ -10,12 +15,13 @@ import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from serving.captioner import Caption, Captioner, Params
 from serving.errors import CaptionError, CaptionFailed, DeadlineExceeded, NotReady, QueueFull
+from serving.memories import Encoded
 from serving.session import Observer, Pixels
 
 logger = logging.getLogger(__name__)
@@ -23,18 +29,21 @@ logger = logging.getLogger(__name__)
 Result = list[Caption] | CaptionError
 
 _LONGEST_RETRY_S = 60
-# Every image of a batch has as many rows as the widest search in it: this many on average at most.
-_ROWS_PER_IMAGE = 8
+_ENCODED_TOGETHER = 8  # a larger batch saves little, and its first image waits for its last
+_FEWER = 0.9  # of the rows that run together, when an image took too long
 
 
 class EngineMetrics(Observer, Protocol):
-    """Is told what the engine does, from its compute thread."""
+    """Is told what the engine does, from its threads."""
 
     def observe_queue_wait(self, seconds: float) -> None:
         """An image left the queue after so long."""
 
     def observe_batch(self, images: int) -> None:
-        """A batch of so many images begins."""
+        """So many images are encoded together."""
+
+    def observe_rows(self, rows: int) -> None:
+        """A decode step takes in images that may come to so many rows."""
 
     def add_tokens(self, count: int) -> None:
         """So many tokens stand in captions that go out."""
@@ -42,7 +51,7 @@ class EngineMetrics(Observer, Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """One image that waits, and the future of the task that waits for it."""
+    """One image on its way, and the future of the task that waits for it."""
 
     captioner: Captioner
     pixels: Pixels
@@ -51,6 +60,13 @@ class _Waiter:
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[list[Caption]]"
     since: float = field(default_factory=time.monotonic)
+    begun: float = 0.0
+    encoded: Encoded | None = None
+
+    @property
+    def rows(self) -> int:
+        """Beams that the image may come to."""
+        return self.params.num_beams
 
     def is_wanted(self, now: float) -> bool:
         """Returns whether somebody waits still; whoever is too late is told by its own timeout."""
@@ -60,30 +76,48 @@ class _Waiter:
 
 
 class Engine:
-    """Captions images from any number of event loops in batches."""
+    """Captions images from any number of event loops, many at a time."""
 
-    def __init__(self, *, max_batch_size: int, max_queue: int, metrics: EngineMetrics) -> None:
-        """Starts the compute thread.
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_queue: int,
+        latency_target_s: float,
+        metrics: EngineMetrics,
+    ) -> None:
+        """Starts the threads.
 
         Args:
-            max_batch_size: Images in a batch at most.
-            max_queue: Images that may wait for a batch; the next is refused.
+            max_rows: Beams that run together at most; an image that is wider runs alone.
+            max_queue: Images that may wait to be encoded; the next is refused.
+            latency_target_s: How long an image should take, its wait in the queue aside.
             metrics: Is told what happens.
         """
-        self._max_batch_size = max_batch_size
-        self._max_rows = _ROWS_PER_IMAGE * max_batch_size
+        self._max_rows = max_rows
         self._max_queue = max_queue
+        self._target_s = latency_target_s
         self._metrics = metrics
+        self._limit = float(max_rows)  # rows that run together now
         self._queue: deque[_Waiter] = deque()
+        self._ready: deque[_Waiter] = deque()  # encoded
+        self._running: dict[Captioner, dict[int, _Waiter]] = {}  # by slot; the stepper's own
+        self._rows_ahead = 0  # of images that are encoded or being encoded
+        self._encoding = True  # false when the encoding thread has ended
         self._closed = False
-        self._changed = threading.Condition()  # guards the queue and the flag
-        self._image_s = 0.1  # running mean of the seconds an image takes
-        self._thread = threading.Thread(target=self._run, name="cutline-engine", daemon=True)
-        self._thread.start()
+        self._changed = threading.Condition()  # guards the above
+        self._image_s = 0.1  # running mean of the seconds between two images that are done
+        self._last_done = 0.0
+        self._threads = [
+            threading.Thread(target=self._run, args=(turn,), name=f"cutline-{name}", daemon=True)
+            for name, turn in (("encoder", self._encode_turn), ("stepper", self._step_turn))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
-        """Images that wait for a batch."""
+        """Images that wait to be encoded."""
         return len(self._queue)
 
     async def submit(
@@ -95,7 +129,7 @@ class Engine:
     ) -> list[Caption]:
         """Returns the captions of one image, best first.
 
-        A task that is cancelled while it waits leaves the queue.
+        A task that is cancelled leaves the queue at once, and the search within one step.
 
         Args:
             captioner: What captions it, whatever is swapped in meanwhile.
@@ -128,8 +162,9 @@ class Engine:
         """Refuses new images, captions those that wait, and returns when that is done."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     def _enqueue(self, waiter: _Waiter) -> None:
         with self._changed:
@@ -142,93 +177,164 @@ class Engine:
                     retry_after=min(max(wait, 1), _LONGEST_RETRY_S),
                 )
             self._queue.append(waiter)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _forget(self, waiter: _Waiter) -> None:
         with self._changed:
             if waiter in self._queue:
                 self._queue.remove(waiter)
 
-    def _run(self) -> None:
-        # A call for each batch, whose variables end with it: an idle engine must not keep alive a
+    def _run(self, turn: Callable[[], bool]) -> None:
+        # A call for each turn, whose variables end with it: an idle engine must not keep alive a
         # captioner that was swapped out.
-        while self._serve_batch():
+        while turn():
             pass
 
-    def _serve_batch(self) -> bool:
-        """Waits for a batch and captions it; returns False when closed and empty."""
-        taken = self._next_batch()
+    # The encoding thread.
+
+    def _encode_turn(self) -> bool:
+        """Waits for images and encodes them; returns False when closed and empty."""
+        taken = self._take()
         if not taken:
+            with self._changed:
+                self._encoding = False
+                self._changed.notify_all()
             return False
-        started = time.monotonic()
-        batch = [waiter for waiter in taken if waiter.is_wanted(started)]
-        if not batch:
-            return True
+        now = time.monotonic()
+        batch = [waiter for waiter in taken if waiter.is_wanted(now)]
         for waiter in batch:
-            self._metrics.observe_queue_wait(started - waiter.since)
-        results = self._caption(batch)
-        spent = (time.monotonic() - started) / len(batch)
-        self._image_s += 0.2 * (spent - self._image_s)
-        _deliver(batch, results)
-        self._metrics.add_tokens(
-            sum(caption.tokens for got in results if isinstance(got, list) for caption in got)
-        )
+            waiter.begun = now
+            self._metrics.observe_queue_wait(now - waiter.since)
+        ready = self._encode(batch) if batch else []
+        with self._changed:
+            self._rows_ahead -= sum(waiter.rows for waiter in taken)
+            self._rows_ahead += sum(waiter.rows for waiter in ready)
+            self._ready += ready
+            self._changed.notify_all()
         return True
 
-    def _next_batch(self) -> list[_Waiter]:
-        """Waits for images, takes those that share the oldest one's captioner; empty: closed.
+    def _take(self) -> list[_Waiter]:
+        """Waits for images that may be encoded, takes those that share a captioner; empty: closed.
 
-        One that would make the batch too wide waits for the next, where it is among the oldest.
+        Encoded ahead is what will soon find room: as many rows as may run, at most.
         """
         with self._changed:
-            while not self._queue:
-                if self._closed:
+            while not (self._queue and self._rows_ahead < max(self._limit, 1)):
+                if self._closed and not self._queue:
                     return []
                 self._changed.wait()
             captioner = self._queue[0].captioner
             batch: list[_Waiter] = []
             others: deque[_Waiter] = deque()
-            widest = 0
+            rows = self._rows_ahead
             for waiter in self._queue:
-                width = max(widest, waiter.params.num_beams)
-                if (
-                    waiter.captioner is captioner
-                    and len(batch) < self._max_batch_size
-                    and (not batch or (len(batch) + 1) * width <= self._max_rows)
-                ):
+                fits = not batch or rows + waiter.rows <= self._limit
+                if waiter.captioner is captioner and len(batch) < _ENCODED_TOGETHER and fits:
                     batch.append(waiter)
-                    widest = width
+                    rows += waiter.rows
                 else:
                     others.append(waiter)
             self._queue = others
+            self._rows_ahead = rows
             return batch
 
-    def _caption(self, batch: Sequence[_Waiter]) -> list[Result]:
-        """Captions a batch; if it fails, each image alone, so that a bad one harms only itself."""
+    def _encode(self, batch: Sequence[_Waiter]) -> list[_Waiter]:
+        """Encodes a batch and returns it; if that fails, each image alone, and those that did."""
         try:
-            return self._caption_together(batch)
+            self._metrics.observe_batch(len(batch))
+            found = batch[0].captioner.encode([one.pixels for one in batch], self._metrics)
+            for waiter, encoded in zip(batch, found, strict=True):
+                waiter.encoded = encoded
+            return list(batch)
         except Exception as error:  # nothing that a model or an image does may end the thread
             if len(batch) == 1:
-                logger.exception("an image could not be captioned")
-                return [_told(error)]
+                logger.exception("an image could not be encoded")
+                _deliver([(batch[0], _told(error))])
+                return []
             logger.warning("a batch of %d failed; one by one now: %r", len(batch), error)
-        return [
-            self._caption([waiter])[0]
-            if waiter.is_wanted(time.monotonic())
-            else DeadlineExceeded("Given up on: nobody waits.")
-            for waiter in batch
-        ]
+        return [one for waiter in batch for one in self._encode([waiter])]
 
-    def _caption_together(self, batch: Sequence[_Waiter]) -> list[Result]:
-        self._metrics.observe_batch(len(batch))
-        results = batch[0].captioner.caption_batch(
-            [waiter.pixels for waiter in batch],
-            [waiter.params for waiter in batch],
-            observer=self._metrics,
-        )
-        if len(results) != len(batch):
-            raise CaptionFailed(f"{len(batch)} images got {len(results)} results.")
-        return list(results)
+    # The stepping thread.
+
+    def _step_turn(self) -> bool:
+        """Lets images in and out and runs one step; returns False when closed and empty."""
+        with self._changed:
+            while not (self._running or self._ready):
+                if not self._encoding:
+                    return False
+                self._changed.wait()
+            joining = self._admit()
+        self._drop_unwanted()
+        for waiter in joining:
+            self._join(waiter)
+        if self._running:
+            self._metrics.observe_rows(self._rows())
+        for captioner, places in list(self._running.items()):
+            done = [(places.pop(slot), got) for slot, got in captioner.step(self._metrics)]
+            if done:
+                self._finished(done)
+            if not places:
+                del self._running[captioner]
+        return True
+
+    def _admit(self) -> list[_Waiter]:
+        """Takes from those ready whom there is room for, in their order; the first is never passed.
+
+        Who finds no slot in its captioner waits for the next turn, and so does who comes after.
+        """
+        joining: list[_Waiter] = []
+        rows = self._rows()
+        free: dict[Captioner, int] = {}
+        while self._ready:
+            waiter = self._ready[0]
+            slots = free.setdefault(waiter.captioner, waiter.captioner.free_slots)
+            if slots == 0 or (rows and rows + waiter.rows > self._limit):
+                break
+            joining.append(self._ready.popleft())
+            free[waiter.captioner] -= 1
+            rows += waiter.rows
+            self._rows_ahead -= waiter.rows
+        if joining:
+            self._changed.notify_all()  # there is room ahead
+        return joining
+
+    def _rows(self) -> int:
+        return sum(captioner.rows for captioner in self._running)
+
+    def _drop_unwanted(self) -> None:
+        now = time.monotonic()
+        for captioner, places in list(self._running.items()):
+            for slot in [slot for slot, one in places.items() if not one.is_wanted(now)]:
+                captioner.leave(slot)
+                del places[slot]
+            if not places:
+                del self._running[captioner]
+
+    def _join(self, waiter: _Waiter) -> None:
+        encoded, waiter.encoded = waiter.encoded, None  # the search has a copy
+        if encoded is None or not waiter.is_wanted(time.monotonic()):
+            return
+        try:
+            slot = waiter.captioner.join(encoded, waiter.params)
+        except Exception as error:
+            logger.exception("an image could not join")
+            _deliver([(waiter, _told(error))])
+            return
+        self._running.setdefault(waiter.captioner, {})[slot] = waiter
+
+    def _finished(self, done: Sequence[tuple[_Waiter, Result]]) -> None:
+        now = time.monotonic()
+        spent = (now - max(self._last_done, done[0][0].begun)) / len(done)
+        self._image_s += 0.1 * (spent - self._image_s)
+        self._last_done = now
+        for waiter, _ in done:
+            if now - waiter.begun > self._target_s:
+                self._limit = max(self._limit * _FEWER, 1.0)
+            else:
+                self._limit = min(self._limit + 1, self._max_rows)
+        _deliver(done)
+        found = [got for _, got in done if isinstance(got, list)]
+        self._metrics.add_tokens(sum(caption.tokens for got in found for caption in got))
 
 
 def _told(error: Exception) -> CaptionError:
@@ -238,10 +344,10 @@ def _told(error: Exception) -> CaptionError:
     return CaptionFailed("The model failed on this image; the server's log says why.")
 
 
-def _deliver(batch: Sequence[_Waiter], results: Sequence[Result]) -> None:
+def _deliver(done: Sequence[tuple[_Waiter, Result]]) -> None:
     """Hands results to their tasks, by one call into each event loop."""
     by_loop = defaultdict(list)
-    for waiter, result in zip(batch, results, strict=True):
+    for waiter, result in done:
         by_loop[waiter.loop].append((waiter.future, result))
     for loop, outcomes in by_loop.items():
         try:

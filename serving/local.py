@@ -26,7 +26,10 @@ def serve(settings: Settings) -> None:
     log_to_stderr()
     metrics = Metrics()
     engine = Engine(
-        max_batch_size=settings.max_batch_size, max_queue=settings.max_queue, metrics=metrics
+        max_rows=settings.max_rows,
+        max_queue=settings.max_queue,
+        latency_target_s=settings.latency_target_s,
+        metrics=metrics,
     )
     app = create_app(settings, ModelManager(settings, metrics), engine, metrics)
     server = uvicorn.Server(

@@ -41,12 +41,17 @@ class Metrics:
         )
         self._wait = Histogram(
             "cutline_queue_wait_seconds",
-            "Seconds an image waits for its batch",
+            "Seconds an image waits to be encoded",
             buckets=(0.01, 0.1, 1.0),
             registry=registry,
         )
-        self._batch = Histogram(
-            "cutline_batch_images", "Images in a batch", buckets=(1, 4, 16), registry=registry
+        self._batch = Summary(
+            "cutline_encode_images", "Images in one encoder run", registry=registry
+        )
+        self._rows = Summary(
+            "cutline_decode_step_rows",
+            "Beams that images in one step may come to",
+            registry=registry,
         )
         self._encode = Summary(
             "cutline_encode_seconds", "Seconds of one encoder run", registry=registry
@@ -71,7 +76,7 @@ class Metrics:
             "cutline_requests_running", "Requests not yet answered", registry=registry
         )
         self._depth = Gauge(
-            "cutline_queue_depth", "Images that wait for a batch", registry=registry
+            "cutline_queue_depth", "Images that wait to be encoded", registry=registry
         )
         self._pairs: set[tuple[str, str]] = set()
         self._lock = Lock()
@@ -96,12 +101,16 @@ class Metrics:
             self._seconds.observe(seconds)
 
     def observe_queue_wait(self, seconds: float) -> None:
-        """Record how long an image waited for its batch."""
+        """Record how long an image waited to be encoded."""
         self._wait.observe(seconds)
 
     def observe_batch(self, images: int) -> None:
-        """Record the size of a batch."""
+        """Record how many images are encoded together."""
         self._batch.observe(images)
+
+    def observe_rows(self, rows: int) -> None:
+        """Record how many beams a step takes in."""
+        self._rows.observe(rows)
 
     def observe_encode(self, seconds: float) -> None:
         """Record one run of the encoder."""

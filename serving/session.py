@@ -1,26 +1,29 @@
-"""The two graphs of a bundle under ONNX Runtime.
+"""The graphs of a bundle under ONNX Runtime.
 
-Caches and image memory are OrtValues that stay where the graphs run; what crosses over at each step
-are the token ids and beam indices of the rows and their best continuations.
+What is large stays where the graphs run and is never copied: the encoded images and the keys and
+values of all beams lie in arenas, one place for each slot, which the graphs change in place. What
+crosses over at each step are a few numbers for each row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from exports.manifest import Manifest
-from serving.beam import Floats, Ints
+from exports.bundle import Bundle
+from exports.manifest import Manifest, encoded_name, next_name
+from serving.beam import Floats, Ints, Rows
 from serving.errors import BundleRejected
 
 Provider = Literal["auto", "cpu", "cuda"]
 Pixels = npt.NDArray[np.uint8]
 
-_FED = ("token_ids", "position", "beam_index", "top_k")
+_FED = ("token_ids", "position", "write", "row_cell", "cell_row", "visible", "top_k")
+_FED_IF_ASKED = "node_position"
 _ANSWERED = ("log_probs", "ids")
 _CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",  # a search at every new batch size takes seconds
@@ -38,32 +41,50 @@ class Observer(Protocol):
         """One run of the decoder."""
 
 
+class Graphs(NamedTuple):
+    """The bytes of a bundle's three ONNX files."""
+
+    encoder: bytes
+    decoder: bytes
+    join: bytes
+
+    @classmethod
+    def read(cls, bundle: Bundle) -> "Graphs":
+        """Reads them; raises ExportsError."""
+        manifest = bundle.manifest
+        files = (manifest.encoder.file, manifest.decoder.file, manifest.join_file)
+        return cls(*(bundle.read(file) for file in files))
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the decoder attends to: per layer keys and values (B, Hh, N, Dh), on the device."""
+    """What the decoder attends to: per layer keys and values (B, H, M, Dh), on the device."""
 
     images: int
     values: tuple[ort.OrtValue, ...]
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(4 * int(np.prod(value.shape())) for value in self.values)
+
 
 class OnnxSession:
-    """A loaded bundle: `encode` images, then `start` to decode them."""
+    """A loaded bundle: `encode` images, then decode them in the slots of a `decoding`."""
 
     def __init__(
         self,
-        encoder: bytes,
-        decoder: bytes,
+        graphs: Graphs,
         manifest: Manifest,
         *,
         threads: int,
         provider: Provider = "cpu",
     ) -> None:
-        """Loads both graphs.
+        """Loads the graphs.
 
         Args:
-            encoder: An ONNX file's bytes.
-            decoder: An ONNX file's bytes.
-            manifest: Names the tensors of both.
+            graphs: The bundle's.
+            manifest: Names the tensors of all.
             threads: CPU threads that share the work of one run.
             provider: Where the graphs run; `auto` takes CUDA if this ONNX Runtime has it.
 
@@ -73,15 +94,23 @@ class OnnxSession:
         """
         self.manifest = manifest
         self.device = _device(provider)
-        self._encoder = _load(encoder, threads, self.device, shapes_repeat=True)
-        self._decoder = _load(decoder, threads, self.device, shapes_repeat=False)
-        spec = manifest.decoder
+        self._encoder = _load(graphs.encoder, threads, self.device)
+        self._decoder = _load(graphs.decoder, threads, self.device)
+        self._join = _load(graphs.join, 1, self.device)
+        memory, cache = manifest.decoder.memory, manifest.decoder.cache
+        asked = [i.name for i in self._decoder.get_inputs() if i.name == _FED_IF_ASKED]
         _check("the encoder", self._encoder, (manifest.encoder.input,), manifest.encoder.outputs)
         _check(
             "the decoder",
             self._decoder,
-            (*_FED, *spec.past, *spec.memory),
-            (*_ANSWERED, *spec.present),
+            (*_FED, *asked, *cache, *memory),
+            (*_ANSWERED, *map(next_name, cache)),
+        )
+        _check(
+            "the join",
+            self._join,
+            ("source", "slot", *memory, *map(encoded_name, memory)),
+            [*map(next_name, memory)],
         )
 
     def encode(self, pixels: Pixels, observer: Observer | None = None) -> Memory:
@@ -97,92 +126,144 @@ class OnnxSession:
             observer.observe_encode(perf_counter() - started)
         return Memory(len(pixels), tuple(binding.get_outputs()))
 
-    def start(self, memory: Memory, observer: Observer | None = None) -> "Decoding":
-        """Returns a decoder at the first position. It owns `memory` from here on and changes it."""
-        return Decoding(self._decoder, self.manifest, self.device, memory, observer)
+    def decoding(self, slots: int) -> "Decoding":
+        """Returns a decoder with room for images in so many slots."""
+        return Decoding(self._decoder, self._join, self.manifest, self.device, slots)
 
 
 class Decoding:
-    """A StepModel: one batch of images on its way through the decoder graph."""
+    """A StepModel over the decoder graph. For one thread at a time."""
 
     def __init__(
         self,
         session: ort.InferenceSession,
+        join: ort.InferenceSession,
         manifest: Manifest,
         device: str,
-        memory: Memory,
-        observer: Observer | None,
+        slots: int,
     ) -> None:
-        """Use `OnnxSession.start`."""
-        self.bos_id = manifest.text.bos_id
-        self.eos_id = manifest.text.eos_id
-        self.vocab_size = manifest.text.vocab_size
-        self.max_length = manifest.text.max_length
-        self._session = session
-        self._spec = manifest.decoder
-        self._device = device
-        self._observer = observer
+        """Use `OnnxSession.decoding`."""
+        text, spec = manifest.text, manifest.decoder
+        self.bos_id, self.eos_id = text.bos_id, text.eos_id
+        self.vocab_size, self.max_length = text.vocab_size, text.max_length
+        self.observer: Observer | None = None
+        self._session, self._join = session, join
+        self._spec, self._device = spec, device
         self._binding = session.io_binding()
-        self._position = 0
-        self._memory = memory.values
-        self._memory_on_host: list[npt.NDArray[np.float32]] = []
-        self._bind(self._spec.memory, self._memory)
-        self._caches: Sequence[ort.OrtValue] = ()
+        self._shape: tuple[int, ...] = ()
+        self._fed: dict[str, npt.NDArray[Any]] = {}
+        inputs = {tensor.name: tensor for tensor in session.get_inputs()}
+        self._wants_positions = _FED_IF_ASKED in inputs
+        tokens = inputs[spec.memory[0]].shape[2]
+        self._memory = {
+            name: self._arena(slots, spec.heads, tokens, spec.head_dim) for name in spec.memory
+        }
+        self._cache = {
+            name: self._arena(slots, spec.heads, 0, spec.head_dim) for name in spec.cache
+        }
 
-    def step(
-        self, token_ids: Ints, beam_index: Ints, top_k: int, images: Ints | None
-    ) -> tuple[Floats, Ints]:
-        """Feeds one token to each row; see `StepModel.step`."""
-        if images is not None:
-            self._keep(images)
-        if self._position == 0:
-            self._caches = self._empty_caches(len(token_ids))
-        binding = self._binding
-        self._bind(self._spec.past, self._caches)
-        binding.bind_cpu_input("token_ids", token_ids)
-        binding.bind_cpu_input("position", np.array(self._position, dtype=np.int64))
-        binding.bind_cpu_input("beam_index", beam_index)
-        binding.bind_cpu_input("top_k", np.array([top_k], dtype=np.int64))
-        # Bound anew at each step: an output that has a value is written in place, at its old shape.
-        binding.clear_binding_outputs()
-        for name in _ANSWERED:
-            binding.bind_output(name, "cpu")
-        for name in self._spec.present:
-            binding.bind_output(name, self._device)
-
-        started = perf_counter()
-        self._session.run_with_iobinding(binding)
+    def place(self, memory: Memory, source: Sequence[int], slots: Sequence[int]) -> None:
+        """Copies images of an encoded batch, by their places in it, into slots."""
+        binding = self._join.io_binding()
+        binding.bind_cpu_input("source", np.array(source, dtype=np.int64))
+        binding.bind_cpu_input("slot", np.array(slots, dtype=np.int64)[:, None])
+        for (name, arena), value in zip(self._memory.items(), memory.values, strict=True):
+            binding.bind_ortvalue_input(name, arena)
+            binding.bind_ortvalue_input(encoded_name(name), value)
+            binding.bind_ortvalue_output(next_name(name), arena)
+        self._join.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        log_probs, ids, *self._caches = binding.get_outputs()
-        if self._observer is not None:
-            self._observer.observe_step(perf_counter() - started)
-        self._position += 1
-        return log_probs.numpy(), ids.numpy()
 
-    def _bind(self, names: Sequence[str], values: Sequence[ort.OrtValue]) -> None:
-        for name, value in zip(names, values, strict=True):
-            self._binding.bind_ortvalue_input(name, value)
+    def step(self, rows: Rows, top_k: int) -> tuple[Floats, Ints]:
+        """Feeds one token to each row; see `StepModel`. The next step overwrites the answer."""
+        count = len(rows.slot)
+        slots, width, nodes = rows.visible.shape
+        # Two at least: a product with one row takes another kernel, which rounds otherwise.
+        shape = (max(count, 2), slots, width, nodes, top_k)
+        if shape != self._shape:
+            self._bind(shape)
+        self._feed(rows)
+        started = perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        if self._device != "cpu":
+            self._binding.synchronize_outputs()
+        if self.observer is not None:
+            self.observer.observe_step(perf_counter() - started)
+        return self._log_probs[:count], self._ids[:count]
 
-    def _empty_caches(self, rows: int) -> list[ort.OrtValue]:
-        empty = np.empty((rows, self._spec.heads, 0, self._spec.head_dim), dtype=np.float32)
-        value = ort.OrtValue.ortvalue_from_numpy(empty, self._device)
-        return [value] * len(self._spec.past)
+    def clear(self, slot: int) -> None:
+        """See `StepModel`. Rare, so the arenas go to the host and back."""
+        for arena in (*self._memory.values(), *self._cache.values()):
+            values = arena.numpy()
+            values[slot] = 0
+            arena.update_inplace(values)
 
-    def _keep(self, images: Ints) -> None:
-        """Compacts the memory to `images` (B,).
+    def _arena(self, *shape: int) -> ort.OrtValue:
+        """Returns zeros; on a CPU no page of them is taken before it is written."""
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32), self._device)
 
-        In place: on a CPU `numpy()` is a view, and only images that change their place are copied.
-        """
-        if not self._memory_on_host:
-            self._memory_on_host = [value.numpy() for value in self._memory]
-        moved = np.flatnonzero(images != np.arange(images.size))
-        for array in self._memory_on_host:
-            array[moved] = array[images[moved]]
-        self._memory = tuple(
-            ort.OrtValue.ortvalue_from_numpy(array[: images.size], self._device)
-            for array in self._memory_on_host
-        )
-        self._bind(self._spec.memory, self._memory)
+    def _grow(self, nodes: int) -> None:
+        """Makes room for more nodes in every slot."""
+        for name, arena in self._cache.items():
+            old = arena.numpy()
+            new = np.zeros((*old.shape[:2], nodes, old.shape[3]), dtype=np.float32)
+            new[:, :, : old.shape[2]] = old
+            self._cache[name] = ort.OrtValue.ortvalue_from_numpy(new, self._device)
+
+    def _bind(self, shape: tuple[int, ...]) -> None:
+        """Binds arenas and buffers for steps of one shape; until it changes, nothing is rebound."""
+        count, slots, width, nodes, top_k = shape
+        if nodes != next(iter(self._cache.values())).shape()[2]:
+            self._grow(nodes)
+        binding = self._binding
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
+        for name, arena in (*self._memory.items(), *self._cache.items()):
+            # The first slots of the arena, which are as good as an arena of so many.
+            place = (self._device, 0, np.float32, (slots, *arena.shape()[1:]), arena.data_ptr())
+            binding.bind_input(name, *place)
+            if name in self._cache:
+                binding.bind_output(next_name(name), *place)
+        whole = np.int64
+        fed: dict[str, npt.NDArray[Any]] = {
+            "token_ids": np.zeros(count, whole),
+            "position": np.zeros(count, whole),
+            "write": np.zeros((count, self._spec.heads, 3), whole),
+            "row_cell": np.zeros((count, 2), whole),
+            "cell_row": np.zeros((slots, width), whole),
+            "visible": np.zeros((slots, 1, width, nodes), np.float32),
+            "top_k": np.array([top_k], whole),
+        }
+        fed["write"][:, :, 1] = np.arange(self._spec.heads)
+        if self._wants_positions:
+            fed[_FED_IF_ASKED] = np.zeros((slots, nodes), whole)
+        self._fed = fed
+        for name, array in fed.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._log_probs = np.zeros((count, top_k), np.float32)
+        self._ids = np.zeros((count, top_k), whole)
+        for name, answer in zip(_ANSWERED, (self._log_probs, self._ids), strict=True):
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(answer))
+        self._shape = shape
+
+    def _feed(self, rows: Rows) -> None:
+        fed, count = self._fed, len(rows.slot)
+        fed["token_ids"][:count] = rows.token_ids
+        fed["position"][:count] = rows.position
+        fed["write"][:count, :, 0] = rows.slot[:, None]
+        fed["write"][:count, :, 2] = rows.node[:, None]
+        fed["row_cell"][:count, 0] = rows.slot
+        fed["row_cell"][:count, 1] = rows.column
+        fed["cell_row"][rows.slot, rows.column] = np.arange(count)
+        fed["visible"][:, 0] = rows.visible
+        if self._wants_positions:
+            fed[_FED_IF_ASKED][:] = rows.node_position
+        if count == 1:  # a twin, which writes the same to the same place
+            for name in ("token_ids", "position", "write", "row_cell"):
+                fed[name][1] = fed[name][0]
+        if self._device != "cpu":  # a bound array was copied to the device when it was bound
+            for name, array in fed.items():
+                self._binding.bind_cpu_input(name, array)
 
 
 def _device(provider: Provider) -> str:
@@ -194,7 +275,7 @@ def _device(provider: Provider) -> str:
     return provider
 
 
-def _load(graph: bytes, threads: int, device: str, *, shapes_repeat: bool) -> ort.InferenceSession:
+def _load(graph: bytes, threads: int, device: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -206,8 +287,8 @@ def _load(graph: bytes, threads: int, device: str, *, shapes_repeat: bool) -> or
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # One memory plan is kept for every combination of shapes: of no use where caches grow.
-    options.enable_mem_pattern = shapes_repeat
+    # One memory plan would be kept for every combination of shapes, of which there are many.
+    options.enable_mem_pattern = False
     providers: list[Any] = ["CPUExecutionProvider"]
     if device == "cuda":
         providers.insert(0, ("CUDAExecutionProvider", _CUDA_OPTIONS))

@@ -27,8 +27,14 @@ class Settings(BaseSettings):
     provider: Literal["cpu", "cuda", "auto"] = "auto"
     threads: PositiveInt = Field(os.cpu_count() or 1, description="threads of one decode step")
     decode_threads: PositiveInt = Field(2, description="photographs decoded at the same time")
-    max_batch_size: PositiveInt = Field(32, description="images in one batch")
+    latency_target_s: PositiveFloat = Field(
+        1.0, description="seconds an image should take, its wait aside: fewer run together if not"
+    )
+    max_rows: PositiveInt = Field(128, description="beams that run together at most")
     max_queue: PositiveInt = Field(256, description="images that may wait; beyond that 429")
+    cache_bytes: int = Field(
+        32 * 1024 * 1024, ge=0, description="bytes of encoded images kept for when they come again"
+    )
     deadline_s: PositiveFloat = Field(30.0, description="seconds from a read body to its answer")
 
     # A 12-megapixel JPEG is 3 to 8 MB; base64 adds a third.

@@ -79,7 +79,12 @@ class ModelManager:
         self._retry_s = settings.retry_s
         self._metrics = metrics
         self._load = load or (
-            lambda path: Captioner.load(path, threads=settings.threads, provider=settings.provider)
+            lambda path: Captioner.load(
+                path,
+                threads=settings.threads,
+                provider=settings.provider,
+                cache_bytes=settings.cache_bytes,
+            )
         )
         self._state = _State()
         self._refused: tuple[_Found, float] | None = None  # and when to try it again

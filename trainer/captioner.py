@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from exports.images import ImageSpec
 from exports.text import TextSpec
 from trainer import variants
+from trainer.attention import GrowingCache
 
 
 class Captioner(nn.Module):
@@ -75,7 +76,17 @@ class Captioner(nn.Module):
         return [torch.zeros(shape) for _ in range(2 * decoder.layers)]
 
     def step(
-        self, token_ids: Tensor, position: Tensor, past: Sequence[Tensor], memory: Sequence[Tensor]
+        self, token_ids: Tensor, position: int, past: Sequence[Tensor], memory: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Returns logits (R, V) and the grown cache; see `trainer.decoders`."""
-        return self.decoder.step(token_ids, position, past, memory)
+        """Returns the next token's logits (R, V) and the grown cache.
+
+        Args:
+            token_ids: (R,), the newest token of every row.
+            position: how many tokens stand before it.
+            past: `[k0, v0, ...]`, each (R, H, T, D / H), T = position.
+            memory: what `memory_cache` gave, each (B, H, N, D / H); the R / B rows of an image
+                stand together.
+        """
+        cache = GrowingCache(past, memory)
+        logits = self.decoder.step(token_ids, torch.full_like(token_ids, position), cache)
+        return logits, cache.present

@@ -81,9 +81,8 @@ class TorchSteps:
         memory, past = state
         rows = torch.tensor(beam_index, device=self._device)
         past = [cache.index_select(0, rows) for cache in past]
-        position = torch.tensor(past[0].shape[2], device=self._device)
         tokens = torch.tensor(token_ids, device=self._device)
-        logits, present = self._captioner.step(tokens, position, past, memory)
+        logits, present = self._captioner.step(tokens, past[0].shape[2], past, memory)
         best = logits.float().log_softmax(-1).topk(min(top_k, self.vocab_size))
         return (memory, present), best.values.cpu().numpy(), best.indices.cpu().numpy()
 
@@ -115,8 +114,7 @@ def sample(
     lengths = torch.full((rows,), last + 1, device=memory.device)
     ended = torch.zeros(rows, dtype=torch.bool, device=memory.device)
     for position in range(last):
-        place = torch.tensor(position, device=memory.device)
-        logits, past = captioner.step(columns[-1], place, past, cache)
+        logits, past = captioner.step(columns[-1], position, past, cache)
         drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
         columns.append(drawn.masked_fill(ended, text.pad_id))
         ends = (drawn == text.eos_id) & ~ended

@@ -1,4 +1,4 @@
-"""A captioner as two ONNX graphs: the encoder, and one decode step.
+"""A captioner as ONNX graphs: the encoder, one decode step, and the join between them.
 
 What the graphs take and give stands in `exports/README.md`, how their weights are stored in
 `trainer.compression`.
@@ -15,7 +15,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from exports.manifest import DecoderSpec, EncoderSpec
+from exports.manifest import DecoderSpec, EncoderSpec, encoded_name, next_name
+from trainer.attention import TreeCache
 from trainer.captioner import Captioner
 from trainer.compression import compress
 
@@ -42,47 +43,81 @@ def export_encoder(captioner: Captioner) -> tuple[bytes, EncoderSpec]:
 def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
     """Returns the decode-step graph: newest tokens and caches to the best M continuations."""
     decoder = captioner.decoder
-    memory, past = _names("memory", decoder.layers), _names("past", decoder.layers)
-    present = _names("present", decoder.layers)
     spec = DecoderSpec(
         layers=decoder.layers,
         heads=decoder.heads,
         head_dim=decoder.head_dim,
-        memory=memory,
-        past=past,
-        present=present,
+        memory=_names("memory", decoder.layers),
+        cache=_names("cache", decoder.layers),
     )
-    images, rows, previous, length = 2, 6, 4, 3
-    with torch.no_grad():
-        size = (images, 3, captioner.image.height, captioner.image.width)
-        # Contiguous, as a graph's inputs are: otherwise the exporter asks for their strides.
-        memories = [m.contiguous() for m in captioner.memory_cache(torch.zeros(size))]
-    shape = (previous, decoder.heads, length, decoder.head_dim)
+    slots, columns, nodes, rows = 2, 3, 7, 5
+    shape = (slots, decoder.heads, nodes, decoder.head_dim)
+    whole = torch.int64
     example = (
-        torch.zeros(rows, dtype=torch.int64),
-        torch.tensor(length),
-        torch.zeros(rows, dtype=torch.int64),
+        torch.zeros(rows, dtype=whole),
+        torch.zeros(rows, dtype=whole),
+        torch.zeros(rows, decoder.heads, 3, dtype=whole),
+        torch.zeros(rows, 2, dtype=whole),
+        torch.zeros(slots, columns, dtype=whole),
+        torch.zeros(slots, 1, columns, nodes),
         # Distinct tensors: the exporter would take one object for one input.
-        [torch.zeros(shape) for _ in past],
-        memories,
+        [torch.zeros(shape) for _ in spec.cache],
+        _example_memory(captioner, slots),
     )
     dynamic = {
         "token_ids": {0: "R"},
-        "position": {},
-        "beam_index": {0: "R"},
-        "past": [{0: "previous_R", 2: "T"} for _ in past],
-        "memory": [{0: "B"} for _ in memory],
+        "position": {0: "R"},
+        "write": {0: "R"},
+        "row_cell": {0: "R"},
+        "cell_row": {0: "S", 1: "W"},
+        "visible": {0: "S", 2: "W", 3: "N"},
+        "cache": [{0: "S", 2: "N"} for _ in spec.cache],
+        "memory": [{0: "S"} for _ in spec.memory],
     }
     model = _export(
         _DecoderGraph(captioner),
         example,
         dynamic,
-        inputs=["token_ids", "position", "beam_index", *past, *memory],
-        outputs=["all_log_probs", *present],
+        inputs=[*list(dynamic)[:6], *spec.cache, *spec.memory],
+        outputs=["all_log_probs", *map(next_name, spec.cache)],
         optimize=True,
     )
     _append_top_k(model, captioner.text.vocab_size)
     return compress(model), spec
+
+
+def join_graph(captioner: Captioner) -> bytes:
+    """Returns the graph that copies encoded images into their slots of the decoder's memory."""
+    nodes, inputs, outputs = [], [], []
+    examples = _example_memory(captioner, 1)
+    for name, example in zip(_names("memory", captioner.decoder.layers), examples, strict=True):
+        shape = example.shape[1:]
+        chosen = f"chosen_{name}"
+        nodes += [
+            helper.make_node("Gather", [encoded_name(name), "source"], [chosen], axis=0),
+            helper.make_node("ScatterND", [name, "slot", chosen], [next_name(name)]),
+        ]
+        inputs += [_floats(name, "S", *shape), _floats(encoded_name(name), "B", *shape)]
+        outputs.append(_floats(next_name(name), "S", *shape))
+    inputs += [
+        helper.make_tensor_value_info("source", TensorProto.INT64, ["J"]),
+        helper.make_tensor_value_info("slot", TensorProto.INT64, ["J", 1]),
+    ]
+    graph = helper.make_graph(nodes, "join", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _example_memory(captioner: Captioner, images: int) -> list[Tensor]:
+    size = (images, 3, captioner.image.height, captioner.image.width)
+    with torch.no_grad():
+        # Contiguous, as a graph's inputs are: otherwise the exporter asks for their strides.
+        return [m.contiguous() for m in captioner.memory_cache(torch.zeros(size))]
+
+
+def _floats(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
 def _names(kind: str, layers: int) -> tuple[str, ...]:
@@ -107,13 +142,16 @@ class _DecoderGraph(nn.Module):
         self,
         token_ids: Tensor,
         position: Tensor,
-        beam_index: Tensor,
-        past: list[Tensor],
+        write: Tensor,
+        row_cell: Tensor,
+        cell_row: Tensor,
+        visible: Tensor,
+        cache: list[Tensor],
         memory: list[Tensor],
     ) -> tuple[Tensor, ...]:
-        past = [cache.index_select(0, beam_index) for cache in past]
-        logits, present = self.captioner.step(token_ids, position, past, memory)
-        return (logits.log_softmax(-1), *present)
+        tree = TreeCache(cache, memory, write, row_cell, cell_row, visible)
+        logits = self.captioner.decoder.step(token_ids, position, tree)
+        return (logits.log_softmax(-1), *tree.written)
 
 
 def _export(
@@ -168,6 +206,6 @@ def _append_top_k(model: onnx.ModelProto, vocab_size: int) -> None:
     graph.input.append(helper.make_tensor_value_info("top_k", TensorProto.INT64, [1]))
     present = list(graph.output)[1:]
     del graph.output[:]
-    graph.output.append(helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["R", "M"]))
+    graph.output.append(_floats("log_probs", "R", "M"))
     graph.output.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["R", "M"]))
     graph.output.extend(present)

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from exports.manifest import DecoderSpec, EncoderSpec
+from exports.manifest import DecoderSpec, EncoderSpec, next_name
 from exports.text import TextSpec
 
 
@@ -41,27 +41,54 @@ class OnnxSteps:
 
     def start(self, images: NDArray[np.uint8]) -> Any:
         """See `StepModel`."""
+        memory = self.encode(images)
         shape = (len(images), self._spec.heads, 0, self._spec.head_dim)
-        return self.encode(images), [np.zeros(shape, np.float32) for _ in self._spec.past]
+        cache = [np.zeros(shape, np.float32) for _ in self._spec.cache]
+        return memory, cache, np.zeros((len(images), 1, 1, 0), np.float32)
 
     def step(
         self, state: Any, token_ids: Sequence[int], beam_index: Sequence[int], top_k: int
     ) -> tuple[Any, NDArray[np.float32], NDArray[np.int64]]:
-        """See `StepModel`."""
-        memory, past = state
+        """See `StepModel`. Every row of every step has a node of its own; none is used again."""
+        memory, cache, seen = state
+        images, rows = len(memory[0]), len(token_ids)
+        columns, nodes = rows // images, seen.shape[3]
+        slot, column = np.divmod(np.arange(rows), columns)
+        parents = (np.array(beam_index) % seen.shape[2]).reshape(images, columns)
+        old = seen[np.arange(images)[:, None], 0, parents]  # (B, W, N)
+        new = np.where(np.eye(columns, dtype=bool), np.float32(0), np.float32(-np.inf))
+        new = np.broadcast_to(new, (images, columns, columns))
+        visible = np.concatenate([old, new], axis=2)[:, None]
+        write = np.broadcast_arrays(
+            slot[:, None], np.arange(self._spec.heads), (nodes + column)[:, None]
+        )
+        room = ((0, 0), (0, 0), (0, columns), (0, 0))
         feeds = {
             "token_ids": np.array(token_ids, np.int64),
-            "position": np.array(past[0].shape[2], np.int64),
-            "beam_index": np.array(beam_index, np.int64),
+            "position": np.full(rows, self._positions(seen), np.int64),
+            "write": np.stack(write, axis=2),
+            "row_cell": np.stack([slot, column], axis=1),
+            "cell_row": np.arange(rows).reshape(images, columns),
+            "visible": visible,
             "top_k": np.array([top_k], np.int64),
             **dict(zip(self._spec.memory, memory, strict=True)),
-            **dict(zip(self._spec.past, past, strict=True)),
+            **{
+                name: np.pad(values, room)
+                for name, values in zip(self._spec.cache, cache, strict=True)
+            },
         }
-        log_probs, ids, *present = self._decoder.run(
-            ["log_probs", "ids", *self._spec.present], feeds
+        log_probs, ids, *cache = self._decoder.run(
+            ["log_probs", "ids", *map(next_name, self._spec.cache)], feeds
         )
-        return (memory, present), log_probs, ids
+        return (memory, cache, visible), log_probs, ids
+
+    @staticmethod
+    def _positions(seen: NDArray[np.float32]) -> int:
+        """Returns how many tokens stand before: each row sees as many nodes."""
+        return int((seen[0, 0, 0] == 0).sum())
 
 
 def _session(graph: bytes) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # warnings tell of initializers that folding made needless
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

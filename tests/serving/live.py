@@ -57,7 +57,10 @@ def running(root, *, load=None, wait=True, **settings):
     metrics = Metrics()
     manager = ModelManager(settings, metrics, load=load)
     engine = Engine(
-        max_batch_size=settings.max_batch_size, max_queue=settings.max_queue, metrics=metrics
+        max_rows=settings.max_rows,
+        max_queue=settings.max_queue,
+        latency_target_s=settings.latency_target_s,
+        metrics=metrics,
     )
     app = create_app(settings, manager, engine, metrics)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
@@ -89,11 +92,11 @@ class Held:
     def __getattr__(self, name):
         return getattr(self._captioner, name)
 
-    def caption_batch(self, pixels, params, *, observer=None):
-        self.batches.append(len(params))
+    def encode(self, pixels, observer=None):
+        self.batches.append(len(pixels))
         self.began.set()
         assert self.go_on.wait(PATIENCE_S)
-        return self._captioner.caption_batch(pixels, params, observer=observer)
+        return self._captioner.encode(pixels, observer)
 
 
 def captions_of(response):

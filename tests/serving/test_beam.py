@@ -6,8 +6,9 @@ from itertools import product
 
 import numpy as np
 import pytest
+from histories import Histories, scripted
 
-from serving.beam import BeamParams, Hypothesis, beam_search
+from serving.beam import BeamParams, Beams, Done, Hypothesis, beam_search
 
 BOS = 0
 EOS = 1
@@ -19,41 +20,6 @@ PLAIN = BeamParams(
     length_penalty=1.0,
     no_repeat_ngram_size=0,
 )
-
-
-class ScriptedModel:
-    """A StepModel whose caches are the histories themselves, so a wrong gather changes the answer.
-
-    `script(image, history)` gives the log-probabilities (V,) of what follows bos + history.
-    """
-
-    bos_id = BOS
-
-    def __init__(self, script, vocab_size, images, *, eos_id=EOS, max_length=32):
-        self.script = script
-        self.vocab_size = vocab_size
-        self.eos_id = eos_id
-        self.max_length = max_length
-        self.images = list(range(images))
-        self.rows = [(image, ()) for image in self.images]
-        self.widths = []
-
-    def step(self, token_ids, beam_index, top_k, images):
-        if images is not None:
-            self.images = [self.images[place] for place in images]
-        width = len(token_ids) // len(self.images)
-        assert width * len(self.images) == len(token_ids) == len(beam_index)
-        self.rows = [
-            (self.rows[parent][0], (*self.rows[parent][1], token))
-            for token, parent in zip(token_ids.tolist(), beam_index.tolist(), strict=True)
-        ]
-        owners = [image for image in self.images for _ in range(width)]
-        assert [image for image, _ in self.rows] == owners
-        self.widths.append(width)
-        log_probs = np.stack([self.script(image, history) for image, history in self.rows])
-        ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :top_k]
-        ids.flags.writeable = False  # the caller must not write into a model's outputs
-        return np.take_along_axis(log_probs, ids, axis=1), ids
 
 
 def log_softmax(logits):
@@ -144,7 +110,7 @@ def toy():
 @pytest.mark.parametrize(("beams", "score"), [(1, -3.16296), (2, -3.15580), (5, -3.05349)])
 def test_golden_values(toy, beams, score):
     params = replace(PLAIN, num_beams=beams, num_captions=1, max_new_tokens=4, length_penalty=0.0)
-    model = ScriptedModel(toy, 5, 1, eos_id=5)  # outside of the vocabulary: all run to the end
+    model = scripted(toy, 5, eos_id=5)  # outside of the vocabulary: all run to the end
     [[best]] = beam_search(model, [params])
     assert best.score == pytest.approx(score, abs=1e-5)
     if beams == 5:
@@ -153,7 +119,7 @@ def test_golden_values(toy, beams, score):
 
 def test_beams_as_wide_as_the_tree_find_all_that_brute_force_finds(toy):
     params = replace(PLAIN, num_beams=125, num_captions=125, max_new_tokens=4, length_penalty=0.0)
-    [found] = beam_search(ScriptedModel(toy, 5, 1, eos_id=5), [params])
+    [found] = beam_search(scripted(toy, 5, eos_id=5), [params])
     scored = {
         tokens: sum(float(toy(0, (BOS, *tokens[:i]))[tokens[i]]) for i in range(4))
         for tokens in product(range(5), repeat=4)
@@ -170,9 +136,7 @@ def test_equals_the_slow_transcription_in_mixed_batches(seed):
     eos_bonus = float(rng.choice([-2.0, 0.0, 3.0, 6.0]))
     script = random_script(seed, vocab_size, eos_bonus=eos_bonus, coarse=seed % 3 == 0)
     params = [random_params(rng, vocab_size) for _ in range(int(rng.integers(1, 6)))]
-    found = beam_search(
-        ScriptedModel(script, vocab_size, len(params), max_length=max_length), params
-    )
+    found = beam_search(scripted(script, vocab_size, max_length=max_length), params)
     for image, (hypotheses, entry) in enumerate(zip(found, params, strict=True)):
         assert hypotheses == slow_beam_search(script, image, vocab_size, max_length, entry)
 
@@ -184,24 +148,75 @@ def test_dead_rows_are_not_fed_and_done_images_leave():
         replace(PLAIN, num_beams=5, num_captions=5, max_new_tokens=2),
         replace(PLAIN, num_beams=2, num_captions=2),
     ]
-    model = ScriptedModel(script, 40, 2)
+    model = scripted(script, 40)
     assert [len(hypotheses) for hypotheses in beam_search(model, params)] == [5, 2]
-    assert model.images == [1]
-    assert model.widths == [1, 5, 2, 2, 2, 2]
+    assert model.fed == [{0: 1, 1: 1}, {0: 5, 1: 2}, {1: 2}, {1: 2}, {1: 2}, {1: 2}]
 
 
-def test_a_free_place_is_filled_from_the_end():
-    # What the session's cheap compaction of the image memory builds on.
-    moves = []
+@pytest.mark.parametrize("seed", range(40))
+def test_joining_at_any_step_changes_nothing(seed):
+    # Brute force over all sequences where the beam is as wide, the slow transcription elsewhere.
+    rng = np.random.default_rng(seed)
+    vocab_size = int(rng.choice([3, 5, 40]))
+    script = random_script(
+        seed, vocab_size, eos_bonus=float(rng.choice([0.0, 3.0])), coarse=seed % 2
+    )
+    params = [random_params(rng, vocab_size) for _ in range(12)]
+    model = scripted(script, vocab_size, max_length=10)
+    beams, found, waiting = Beams(model, slots=3), {}, list(range(12))
+    while len(found) < 12:
+        while waiting and beams.images < 3 and (not beams.images or rng.random() < 0.4):
+            image = waiting.pop()
+            model.images[beams.join(params[image])] = image
+        only = None
+        if beams.images > 1 and rng.random() < 0.2:  # as after a step that failed
+            only = rng.permutation(beams.slots)[:1].tolist()
+        for done in beams.advance(only):
+            found[model.images[done.slot]] = done.hypotheses
+    for image, entry in enumerate(params):
+        assert found[image] == slow_beam_search(script, image, vocab_size, 10, entry)
 
-    class Watched(ScriptedModel):
-        def step(self, token_ids, beam_index, top_k, images):
-            moves.append(None if images is None else images.tolist())
-            return super().step(token_ids, beam_index, top_k, images)
 
-    params = [replace(PLAIN, max_new_tokens=longest) for longest in (3, 1, 3, 2)]
-    beam_search(Watched(random_script(2, 40, eos_bonus=-50.0), 40, 4), params)
-    assert moves == [None, [0, 3, 2], [0, 2]]
+def test_nodes_that_no_beam_sees_are_used_again():
+    script = random_script(2, 40, eos_bonus=-50.0)
+    model = scripted(script, 40)
+    beam_search(model, [replace(PLAIN, max_new_tokens=30)])
+    # Each of 30 steps feeds 4 rows: 117 nodes, if none were used twice.
+    assert 30 < len(model.nodes) < 60
+
+
+def test_a_failed_step_changes_nothing():
+    script, fails = random_script(6, 40), []
+
+    def failing(image, history):
+        if fails:
+            raise RuntimeError(fails.pop())
+        return script(image, history)
+
+    beams = Beams(scripted(failing, 40), slots=2)
+    for _ in range(2):
+        beams.join(PLAIN)
+    found = []
+    while beams.images:
+        fails.append("once")
+        with pytest.raises(RuntimeError, match="once"):
+            beams.advance()
+        found += beams.advance()
+    whole = beam_search(scripted(script, 40), [PLAIN] * 2)
+    assert [done.hypotheses for done in sorted(found, key=lambda done: done.slot)] == whole
+
+
+def test_who_leaves_early_makes_room():
+    beams = Beams(scripted(random_script(7, 40, eos_bonus=-50.0), 40), slots=2)
+    first, second = beams.join(PLAIN), beams.join(PLAIN)
+    beams.advance()
+    beams.leave(first)
+    assert (beams.images, beams.rows, beams.slots) == (1, PLAIN.num_beams, [second])
+    assert beams.join(replace(PLAIN, num_beams=2, num_captions=2)) == first
+    with pytest.raises(ValueError, match="no slot is free"):
+        beams.join(PLAIN)
+    while beams.images:
+        beams.advance()
 
 
 def test_nan_costs_one_image_its_captions_and_no_other():
@@ -213,16 +228,21 @@ def test_nan_costs_one_image_its_captions_and_no_other():
         return clean(image, history)
 
     params = [replace(PLAIN, length_penalty=2.0)] * 3
-    hurt = beam_search(ScriptedModel(script, 40, 3), params)
-    whole = beam_search(ScriptedModel(clean, 40, 3), params)
+    model = scripted(script, 40)
+    hurt = beam_search(model, params)
+    whole = beam_search(scripted(clean, 40), params)
     assert min(hypothesis.tokens for hypothesis in whole[1]) < 3
     assert hurt == [whole[0], [], whole[2]]
+    assert model.cleared == [1]
+    beams = Beams(scripted(lambda *_: np.full(40, np.nan, dtype=np.float32), 40), slots=1)
+    beams.join(PLAIN)
+    assert beams.advance() == [Done(0, [], is_nan=True)]
 
 
 def test_a_prefix_is_neither_scored_nor_counted():
     script = random_script(4, 40)
     [[best]] = beam_search(
-        ScriptedModel(script, 40, 1), [replace(PLAIN, num_captions=1, prefix_ids=(7, 8, 9))]
+        scripted(script, 40), [replace(PLAIN, num_captions=1, prefix_ids=(7, 8, 9))]
     )
     history = (BOS, *best.token_ids)
     scored = [script(0, history[:i])[history[i]] for i in range(4, len(history))]
@@ -235,28 +255,16 @@ def test_a_prefix_is_neither_scored_nor_counted():
 def test_a_prefix_that_leaves_no_room_is_refused():
     script = random_script(5, 40)
     with pytest.raises(ValueError, match="fills all 4 positions"):
-        beam_search(
-            ScriptedModel(script, 40, 1, max_length=4), [replace(PLAIN, prefix_ids=(2, 3, 4))]
-        )
+        beam_search(scripted(script, 40, max_length=4), [replace(PLAIN, prefix_ids=(2, 3, 4))])
 
 
-class TorchModel:
+def torch_model(torch, model, vocab_size):
     """A StepModel over a transformers decoder, without caches."""
 
-    bos_id, eos_id, max_length = BOS, EOS, 32
+    def continue_rows(images, histories):
+        return model(torch.tensor(histories)).logits[:, -1].log_softmax(-1).numpy()
 
-    def __init__(self, torch, model, vocab_size):
-        self.torch = torch
-        self.model = model
-        self.vocab_size = vocab_size
-        self.history = None
-
-    def step(self, token_ids, beam_index, top_k, images):
-        past = np.empty((len(token_ids), 0)) if self.history is None else self.history[beam_index]
-        self.history = np.concatenate((past, token_ids[:, None]), axis=1).astype(np.int64)
-        logits = self.model(self.torch.from_numpy(self.history)).logits[:, -1]
-        log_probs, ids = logits.log_softmax(-1).topk(top_k)
-        return log_probs.numpy(), ids.numpy()
+    return Histories(continue_rows, vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +334,7 @@ def test_n_best_equal_transformers(torch, seeds):
                 output_scores=True,
             )
             found = beam_search(
-                TorchModel(torch, model, vocab_size),
+                torch_model(torch, model, vocab_size),
                 [replace(params, prefix_ids=tuple(prefix.tolist())) for prefix in prefixes],
             )
         flat = [hypothesis for hypotheses in found for hypothesis in hypotheses]

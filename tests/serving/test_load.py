@@ -26,7 +26,7 @@ def root(tmp_path_factory, tiny_bundles):
 def held(root, tiny_captioner):
     """A server with room for one image in compute and one that waits; it captions when told to."""
     captioner = Held(tiny_captioner)
-    with running(root, load=lambda _: captioner, max_batch_size=1, max_queue=1) as live:
+    with running(root, load=lambda _: captioner, max_rows=1, max_queue=1) as live:
         try:
             yield live, captioner
         finally:
@@ -87,7 +87,7 @@ def test_a_client_that_leaves_frees_no_thread_that_still_decodes(root, photos, d
 
 
 def test_images_that_wait_to_be_decoded_fill_the_server_too(root, photos, decoding):
-    with running(root, decode_threads=1, max_batch_size=1, max_queue=1) as live:
+    with running(root, decode_threads=1, max_rows=1, max_queue=1) as live:
         with post(live, photos[0]), post(live, photos[1]):
             until(lambda: requests_running(live) == 2)
             refused = live.caption(photos[2])

@@ -3,11 +3,13 @@
 import numpy as np
 import onnxruntime as ort
 import pytest
-from tiny_bundle import HEAD_DIM, HEADS, MEMORY, PAST, SIDE, TEXT, V
+from tiny_bundle import CACHE, HEAD_DIM, HEADS, MEMORY, SIDE
 
 from exports.bundle import Bundle
+from exports.manifest import next_name
+from serving.beam import BeamParams, Beams, Rows
 from serving.errors import BundleRejected
-from serving.session import OnnxSession
+from serving.session import Graphs, OnnxSession
 
 
 @pytest.fixture(scope="module")
@@ -17,92 +19,110 @@ def bundle(tiny_bundles):
 
 @pytest.fixture(scope="module")
 def session(bundle):
-    return OnnxSession(
-        bundle.read("encoder.onnx"), bundle.read("decoder.onnx"), bundle.manifest, threads=1
-    )
+    return OnnxSession(Graphs.read(bundle), bundle.manifest, threads=1)
 
 
 def pixels(count):
     return np.random.default_rng(7).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
 
 
-class PlainDecoding:
-    """The same steps without bindings: every cache and the whole memory go through numpy."""
+class Watched:
+    """A decoding whose every step is done again by a plain run, all through numpy, and compared."""
 
-    def __init__(self, bundle, images):
-        encoder = ort.InferenceSession(bundle.read("encoder.onnx"))
+    def __init__(self, bundle, session, slots):
+        self.decoding = session.decoding(slots)
+        self.bos_id, self.eos_id = self.decoding.bos_id, self.decoding.eos_id
+        self.vocab_size, self.max_length = self.decoding.vocab_size, self.decoding.max_length
+        self.encoder = ort.InferenceSession(bundle.read("encoder.onnx"))
         self.decoder = ort.InferenceSession(bundle.read("decoder.onnx"))
-        self.memory = encoder.run(list(MEMORY), {"images": images})
-        self.caches = None
-        self.position = 0
+        self.session, self.shapes = session, set()
+        self.memory = [None] * slots  # per slot, arrays (H, M, Dh)
+        self.caches = np.zeros((len(CACHE), slots, HEADS, 0, HEAD_DIM), np.float32)
 
-    def step(self, token_ids, beam_index, top_k, images):
-        if images is not None:
-            self.memory = [memory[images] for memory in self.memory]
-        if self.caches is None:
-            empty = np.zeros((len(token_ids), HEADS, 0, HEAD_DIM), dtype=np.float32)
-            self.caches = [empty] * len(PAST)
-        log_probs, ids, *self.caches = self.decoder.run(
-            None,
+    def place(self, images, slots):
+        self.decoding.place(self.session.encode(images), range(len(images)), slots)
+        arrays = self.encoder.run(list(MEMORY), {"images": images})
+        for place, slot in enumerate(slots):
+            self.memory[slot] = [array[place] for array in arrays]
+
+    def step(self, rows, top_k):
+        log_probs, ids = self.decoding.step(rows, top_k)
+        slots, width, nodes = rows.visible.shape
+        room = nodes - self.caches.shape[3]
+        self.caches = np.pad(self.caches, [(0, room if axis == 3 else 0) for axis in range(5)])
+        cells = np.zeros((slots, width), np.int64)
+        cells[rows.slot, rows.column] = np.arange(len(rows.slot))
+        where = np.broadcast_arrays(rows.slot[:, None], np.arange(HEADS), rows.node[:, None])
+        blank = [np.zeros_like(array) for array in next(m for m in self.memory if m)]
+        memory = [m or blank for m in self.memory[:slots]]
+        expected_log_probs, expected_ids, *caches = self.decoder.run(
+            ["log_probs", "ids", *map(next_name, CACHE)],
             {
-                "token_ids": token_ids,
-                "position": np.array(self.position),
-                "beam_index": beam_index,
+                "token_ids": rows.token_ids,
+                "position": rows.position,
+                "write": np.stack(where, axis=2),
+                "row_cell": np.stack([rows.slot, rows.column], axis=1),
+                "cell_row": cells,
+                "visible": rows.visible[:, None],
                 "top_k": np.array([top_k]),
-                **dict(zip(PAST, self.caches, strict=True)),
-                **dict(zip(MEMORY, self.memory, strict=True)),
+                **dict(zip(CACHE, self.caches[:, :slots], strict=True)),
+                **{
+                    name: np.stack(m)
+                    for name, m in zip(MEMORY, zip(*memory, strict=True), strict=True)
+                },
             },
         )
-        self.position += 1
-        return log_probs, ids
-
-
-# token_ids, beam_index, top_k, images: 5 images of 1, then 3, then 2 rows; images leave twice.
-STEPS = [
-    ([1] * 5, range(5), 7, None),
-    (range(4, 19), np.repeat(range(5), 3), 5, None),
-    ([9, 8, 7, 6, 5, 4, 4, 5], [1, 0, 13, 14, 6, 8, 11, 9], 9, [0, 4, 2, 3]),
-    ([11, 12, 13, 14], [0, 0, 7, 6], V + 5, [0, 3]),
-    ([15, 16, 17, 18], [0, 1, 3, 3], 1, [0, 1]),
-    ([19], [2], 3, [1]),
-]
-
-
-def test_equals_plain_runs_while_rows_widen_reorder_and_images_leave(bundle, session):
-    plain = PlainDecoding(bundle, pixels(5))
-    decoding = session.start(session.encode(pixels(5)))
-    for token_ids, beam_index, top_k, images in STEPS:
-        arguments = (
-            np.array(token_ids),
-            np.array(beam_index),
-            top_k,
-            None if images is None else np.array(images),
-        )
-        log_probs, ids = decoding.step(*arguments)
-        expected_log_probs, expected_ids = plain.step(*arguments)
-        assert ids.shape == (len(arguments[0]), min(top_k, V))
+        self.caches[:, :slots] = caches
         np.testing.assert_array_equal(ids, expected_ids)
         np.testing.assert_allclose(log_probs, expected_log_probs, rtol=1e-5, atol=1e-6)
+        self.shapes.add((len(rows.slot), slots, width, nodes))
+        return log_probs, ids
+
+    def clear(self, slot):
+        self.decoding.clear(slot)
 
 
-def test_two_batches_in_turn_do_not_touch_each_other(session):
-    def first_step(decoding):
-        return decoding.step(np.full(2, TEXT.bos_id), np.arange(2), 3, None)
+def test_equals_plain_runs_while_images_join_widen_and_leave(bundle, session):
+    rng = np.random.default_rng(0)
+    model = Watched(bundle, session, slots=4)
+    beams, left = Beams(model, slots=4), 24
+    while left or beams.images:
+        while left and beams.images < 4 and (not beams.images or rng.random() < 0.5):
+            width = int(rng.choice([1, 2, 3, 6]))
+            params = BeamParams(width, 1, int(rng.integers(1, 18)), 0, 1.0, int(rng.choice([0, 2])))
+            model.place(pixels(24)[left - 1 : left], [beams.join(params)])
+            left -= 1
+        beams.advance()
+    assert len(model.shapes) > 20  # and the arenas have grown
+    assert {nodes for *_, nodes in model.shapes} >= {16, 32, 48}
 
-    def second_step(decoding):
-        return decoding.step(np.array([5, 6]), np.arange(2), 3, None)
 
-    alone = session.start(session.encode(pixels(2)))
-    first_step(alone)
-    expected = second_step(alone)
-    one = session.start(session.encode(pixels(2)))
-    other = session.start(session.encode(pixels(4)[2:]))
-    first_step(one)
-    first_step(other)
-    second_step(other)
-    found = second_step(one)
-    np.testing.assert_array_equal(found[0], expected[0])
-    np.testing.assert_array_equal(found[1], expected[1])
+def lone_rows(token, position):
+    """Returns one row of a greedy search."""
+    visible = np.full((1, 2, 16), -np.inf, np.float32)
+    visible[0, 0, : position + 1] = 0
+    one = [np.array([value]) for value in (token, position, 0, 0, position)]
+    return Rows(*one, visible=visible, node_position=np.arange(16)[None])
+
+
+def test_two_decodings_do_not_touch_each_other_and_a_cleared_slot_is_as_new(session):
+    def decode(decoding, steps):
+        found = [decoding.step(lone_rows(token, n), 3)[0].copy() for n, token in enumerate(steps)]
+        return np.concatenate(found)
+
+    memory, other = session.encode(pixels(1)), session.encode(pixels(2))
+    one, two = session.decoding(1), session.decoding(2)
+    one.place(memory, [0], [0])
+    two.place(other, [1], [0])
+    expected = decode(one, [1, 5, 6])
+    decode(two, [1, 9, 9])
+    np.testing.assert_array_equal(decode(one, [1, 5, 6]), expected)
+    poisoned = one._cache[CACHE[0]]
+    poisoned.update_inplace(np.full(poisoned.shape(), np.nan, np.float32))
+    assert np.isnan(one.step(lone_rows(1, 3), 3)[0]).all()
+    one.clear(0)
+    one.place(memory, [0], [0])
+    np.testing.assert_array_equal(decode(one, [1, 5, 6]), expected)
 
 
 def test_the_observer_hears_of_every_run(session):
@@ -118,25 +138,30 @@ def test_the_observer_hears_of_every_run(session):
             self.steps += 1
 
     observer = Observer()
-    decoding = session.start(session.encode(pixels(1), observer), observer)
-    for _ in range(3):
-        decoding.step(np.array([4]), np.array([0]), 2, None)
+    decoding = session.decoding(1)
+    decoding.place(session.encode(pixels(1), observer), [0], [0])
+    decoding.observer = observer
+    for position in range(3):
+        decoding.step(lone_rows(4, position), 2)
     assert (observer.encodes, observer.steps) == (1, 3)
 
 
 def test_graphs_that_the_manifest_does_not_describe_are_refused(bundle):
-    encoder, decoder = bundle.read("encoder.onnx"), bundle.read("decoder.onnx")
-    with pytest.raises(BundleRejected, match="the encoder has the inputs"):
-        OnnxSession(decoder, decoder, bundle.manifest, threads=1)
-    with pytest.raises(BundleRejected, match="the decoder has the inputs"):
-        OnnxSession(encoder, encoder, bundle.manifest, threads=1)
+    graphs = Graphs.read(bundle)
+    for wrong, told in (
+        (graphs._replace(encoder=graphs.decoder), "the encoder has the inputs"),
+        (graphs._replace(decoder=graphs.encoder), "the decoder has the inputs"),
+        (graphs._replace(join=graphs.encoder), "the join has the inputs"),
+    ):
+        with pytest.raises(BundleRejected, match=told):
+            OnnxSession(wrong, bundle.manifest, threads=1)
 
 
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in ort.get_available_providers(), reason="CUDA is there"
 )
 def test_cuda_where_there_is_none_is_said_and_auto_does_without(bundle):
-    graphs = bundle.read("encoder.onnx"), bundle.read("decoder.onnx"), bundle.manifest
+    graphs = Graphs.read(bundle), bundle.manifest
     with pytest.raises(BundleRejected, match="no CUDA here"):
         OnnxSession(*graphs, threads=1, provider="cuda")
     assert OnnxSession(*graphs, threads=1, provider="auto").device == "cpu"

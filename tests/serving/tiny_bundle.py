@@ -16,11 +16,19 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from exports.bundle import write_bundle
 from exports.images import ImageSpec, preprocess
-from exports.manifest import DecoderSpec, EncoderSpec, Generation, Golden, Manifest
+from exports.manifest import (
+    DecoderSpec,
+    EncoderSpec,
+    Generation,
+    Golden,
+    Manifest,
+    encoded_name,
+    next_name,
+)
 from exports.text import TextSpec
 from exports.text import Tokenizer as Text
 from serving.beam import BeamParams, beam_search
-from serving.session import OnnxSession
+from serving.session import Graphs, OnnxSession
 
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 _TEXT = """
@@ -35,8 +43,7 @@ D = HEADS * HEAD_DIM
 SIDE, PATCH = 32, 16
 N = (SIDE // PATCH) ** 2
 TEXT = TextSpec(vocab_size=V, bos_id=1, eos_id=2, pad_id=0, max_length=20)
-PAST = tuple(f"past_{kind}.{layer}" for layer in range(L) for kind in "kv")
-PRESENT = tuple(f"present_{kind}.{layer}" for layer in range(L) for kind in "kv")
+CACHE = tuple(f"cache_{kind}.{layer}" for layer in range(L) for kind in "kv")
 MEMORY = tuple(f"memory_{kind}.{layer}" for layer in range(L) for kind in "kv")
 
 
@@ -75,18 +82,17 @@ def write_tiny_bundle(
         image=ImageSpec(height=SIDE, width=SIDE),
         text=TEXT,
         encoder=EncoderSpec(outputs=MEMORY),
-        decoder=DecoderSpec(
-            layers=L, heads=HEADS, head_dim=HEAD_DIM, memory=MEMORY, past=PAST, present=PRESENT
-        ),
+        decoder=DecoderSpec(layers=L, heads=HEADS, head_dim=HEAD_DIM, memory=MEMORY, cache=CACHE),
         defaults=Generation(max_new_tokens=12),
         metrics={"CIDEr-D": 0.0},
     )
-    golden = _golden(encoder, decoder, manifest, images, Text(tokenizer, TEXT))
+    golden = _golden(Graphs(encoder, decoder, _join()), manifest, images, Text(tokenizer, TEXT))
     if broken_golden:
         golden[1] = golden[1].model_copy(update={"token_ids": (5, 6, 7, TEXT.eos_id)})
     files = {
         "encoder.onnx": encoder,
         "decoder.onnx": _decoder(seed, nan=True) if nan else decoder,
+        "join.onnx": _join(),
         "tokenizer.json": tokenizer,
         **images,
     }
@@ -94,11 +100,13 @@ def write_tiny_bundle(
     return target
 
 
-def _golden(encoder, decoder, manifest, images, text):
-    session = OnnxSession(encoder, decoder, manifest, threads=1)
+def _golden(graphs, manifest, images, text):
+    session = OnnxSession(graphs, manifest, threads=1)
     pixels = [preprocess(Image.open(BytesIO(body)), manifest.image) for body in images.values()]
     params = BeamParams(**manifest.defaults.model_dump())
-    found = beam_search(session.start(session.encode(np.stack(pixels))), [params] * len(pixels))
+    decoding = session.decoding(len(pixels))
+    decoding.place(session.encode(np.stack(pixels)), *[range(len(pixels))] * 2)
+    found = beam_search(decoding, [params] * len(pixels))
     return [
         Golden(
             image=name,
@@ -175,11 +183,17 @@ def _encoder(seed):
     return g.finish([images], _floats(MEMORY, ["B", HEADS, N, HEAD_DIM]))
 
 
-def _attend(g, q, k, v):
-    """q (.., Q, Dh) on k, v (.., S, Dh)."""
-    scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
-    weights = g.op("Softmax", g.op("Div", scores, g.const(HEAD_DIM**0.5)), axis=-1)
-    return g.op("MatMul", weights, v)
+def _attend(g, rows, keys, values, mask=None):
+    """Attention of rows (R, D), laid out as the grid, on keys and values (S, H, .., Dh)."""
+    grid = g.op("Reshape", g.op("Gather", rows, "cell_row"), g.shape(0, 0, HEADS, HEAD_DIM))
+    q = g.op("Transpose", grid, perm=[0, 2, 1, 3])
+    scores = g.op("MatMul", q, g.op("Transpose", keys, perm=[0, 1, 3, 2]))
+    scores = g.op("Div", scores, g.const(HEAD_DIM**0.5))
+    if mask:
+        scores = g.op("Add", scores, mask)
+    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1), values)
+    heads = g.op("Reshape", g.op("Transpose", mixed, perm=[0, 2, 1, 3]), g.shape(0, 0, D))
+    return g.op("GatherND", heads, "row_cell")
 
 
 def _decoder(seed, *, nan=False):
@@ -195,20 +209,12 @@ def _decoder(seed, *, nan=False):
     for layer in range(L):
         keys_values = []
         for kind in "kv":
-            new = g.op("Reshape", linear(x), g.shape(0, HEADS, 1, HEAD_DIM))
-            past = g.op("Gather", f"past_{kind}.{layer}", "beam_index")
-            present = f"present_{kind}.{layer}"
-            keys_values.append(g.op("Concat", past, new, axis=2, output=present))
-        q = g.op("Reshape", linear(x), g.shape(0, HEADS, 1, HEAD_DIM))
-        heads = g.op("Reshape", _attend(g, q, *keys_values), g.shape(0, D))
-        x = g.op("Tanh", g.op("Add", x, linear(heads)))
-
+            new = g.op("Reshape", linear(x), g.shape(0, HEADS, HEAD_DIM))
+            name = f"cache_{kind}.{layer}"
+            keys_values.append(g.op("ScatterND", name, "write", new, output=next_name(name)))
+        x = g.op("Tanh", g.op("Add", x, linear(_attend(g, linear(x), *keys_values, "visible"))))
         memory = [f"memory_{kind}.{layer}" for kind in "kv"]
-        images = g.op("Slice", g.op("Shape", memory[0]), g.shape(0), g.shape(1))
-        by_image = g.op("Concat", images, g.shape(-1, HEADS, HEAD_DIM), axis=0)
-        q = g.op("Transpose", g.op("Reshape", linear(x), by_image), perm=[0, 2, 1, 3])
-        heads = g.op("Transpose", _attend(g, q, *memory), perm=[0, 2, 1, 3])
-        x = g.op("Tanh", g.op("Add", x, linear(g.op("Reshape", heads, g.shape(-1, D)))))
+        x = g.op("Tanh", g.op("Add", x, linear(_attend(g, linear(x), *memory))))
 
     unembedding = 0.8 * rng.standard_normal((D, V))
     if nan:
@@ -217,6 +223,7 @@ def _decoder(seed, *, nan=False):
     bias[[TEXT.pad_id, TEXT.bos_id, SPECIALS.index("<unk>")]] = -100.0
     bias[TEXT.eos_id], slope[TEXT.eos_id] = 0.5, 0.5  # so captions end, sooner or later
     g_position = g.op("Cast", "position", to=TensorProto.FLOAT)
+    g_position = g.op("Unsqueeze", g_position, g.shape(1))
     late = g.op("Add", g.op("Mul", g_position, g.const(slope)), g.const(bias))
     logits = g.op("Add", g.op("MatMul", x, g.const(unembedding)), late)
     top = g.op("Min", "top_k", g.shape(V))
@@ -227,15 +234,33 @@ def _decoder(seed, *, nan=False):
     )
     inputs = [
         _ints("token_ids", ["R"]),
-        _ints("position", []),
-        _ints("beam_index", ["R"]),
+        _ints("position", ["R"]),
+        _ints("write", ["R", HEADS, 3]),
+        _ints("row_cell", ["R", 2]),
+        _ints("cell_row", ["S", "W"]),
+        *_floats(["visible"], ["S", 1, "W", "N"]),
         _ints("top_k", [1]),
-        *_floats(PAST, ["Rp", HEADS, "T", HEAD_DIM]),
-        *_floats(MEMORY, ["B", HEADS, N, HEAD_DIM]),
+        *_floats(CACHE, ["S", HEADS, "N", HEAD_DIM]),
+        *_floats(MEMORY, ["S", HEADS, N, HEAD_DIM]),
     ]
     outputs = [
         *_floats(["log_probs"], ["R", "M"]),
         _ints("ids", ["R", "M"]),
-        *_floats(PRESENT, ["R", HEADS, "T1", HEAD_DIM]),
+        *_floats(map(next_name, CACHE), ["S", HEADS, "N", HEAD_DIM]),
     ]
     return g.finish(inputs, outputs)
+
+
+def _join():
+    g = _Graph()
+    dims = [HEADS, N, HEAD_DIM]
+    for name in MEMORY:
+        chosen = g.op("Gather", encoded_name(name), "source", axis=0)
+        g.op("ScatterND", name, "slot", chosen, output=next_name(name))
+    inputs = [
+        _ints("source", ["J"]),
+        _ints("slot", ["J", 1]),
+        *_floats(MEMORY, ["S", *dims]),
+        *_floats(map(encoded_name, MEMORY), ["B", *dims]),
+    ]
+    return g.finish(inputs, _floats(map(next_name, MEMORY), ["S", *dims]))

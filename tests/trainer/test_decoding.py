@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from histories import scripted
 
 from exports.manifest import Generation
 from serving.beam import BeamParams
@@ -14,7 +15,7 @@ BOS, EOS = 0, 1
 
 
 class Scripted:
-    """Both packages' StepModel over `script(image, history) -> log_probs (V,)`.
+    """A StepModel over `script(image, history) -> log_probs (V,)`.
 
     Its caches are the histories themselves, so a wrong gather changes the answer.
     """
@@ -36,22 +37,6 @@ class Scripted:
         log_probs = np.stack([self.script(image, history) for image, history in state])
         ids = np.argsort(-log_probs, axis=1, kind="stable")[:, :top_k]
         return state, np.take_along_axis(log_probs, ids, axis=1), ids
-
-
-class ScriptedForServing:
-    """The same script behind the server's protocol."""
-
-    def __init__(self, model, images):
-        self.model = model
-        self.bos_id, self.eos_id = model.bos_id, model.eos_id
-        self.vocab_size, self.max_length = model.vocab_size, model.max_length
-        self.state = model.start(images)
-
-    def step(self, token_ids, beam_index, top_k, images):
-        self.state, log_probs, ids = self.model.step(
-            self.state, token_ids.tolist(), beam_index.tolist(), top_k
-        )
-        return log_probs, ids
 
 
 def numbered(count):
@@ -126,7 +111,9 @@ def test_serving_finds_the_same_token_for_token(seed: int) -> None:
     images = numbered(3)
     ours = beam_search(model, images, generation, prefix)
     params = BeamParams(**generation.model_dump(), prefix_ids=prefix)
-    theirs = serving_beam_search(ScriptedForServing(model, images), [params] * 3)
+    theirs = serving_beam_search(
+        scripted(script, vocab_size, max_length=model.max_length), [params] * 3
+    )
     for first, second in zip(ours, theirs, strict=True):
         assert [h.token_ids for h in first] == [h.token_ids for h in second]
         assert [h.score for h in first] == pytest.approx([h.score for h in second], abs=1e-6)

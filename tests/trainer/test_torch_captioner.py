@@ -37,9 +37,7 @@ def test_steps_with_a_cache_equal_the_whole_sequence(make_captioner, name: str) 
         whole = captioner(images, token_ids)
         memory, past = captioner.memory_cache(images), captioner.empty_cache(6)
         for position in range(7):
-            logits, past = captioner.step(
-                token_ids[:, position], torch.tensor(position), past, memory
-            )
+            logits, past = captioner.step(token_ids[:, position], position, past, memory)
             torch.testing.assert_close(logits, whole[:, position], atol=2e-4, rtol=0)
 
 

@@ -4,13 +4,13 @@ Radford et al., 2019, "Language Models are Unsupervised Multitask Learners",
 https://openai.com/research/better-language-models; cross-attention as in `transformers`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from trainer.attention import StepAttention
 from trainer.config import Config as BaseConfig
 
 
@@ -68,61 +68,35 @@ class Decoder(nn.Module):
             cache += [self._split_heads(part) for part in keys_values.split(self.width, dim=-1)]
         return cache
 
-    def step(
-        self, token_ids: Tensor, position: Tensor, past: Sequence[Tensor], memory: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Returns the next token's logits (R, V) and the grown cache.
+    def step(self, token_ids: Tensor, position: Tensor, attention: StepAttention) -> Tensor:
+        """Returns the logits (R, V) of what follows the newest tokens.
 
         Args:
             token_ids: (R,), the newest token of every row.
-            position: (), how many tokens stand before it.
-            past: `[k0, v0, ...]`, each (R, H, T, D / H), T = position.
-            memory: what `memory_cache` gave, each (B, H, N, D / H); the R / B rows of an image
-                stand together.
+            position: (R,), how many tokens stand before it.
+            attention: the caches.
         """
         transformer = self.model.transformer
-        hidden = transformer.wte(token_ids) + transformer.wpe(position.view(1))  # (R, D)
-        present: list[Tensor] = []
+        hidden = transformer.wte(token_ids) + transformer.wpe(position)  # (R, D)
         for layer, block in enumerate(transformer.h):
             projected = _dense(block.attn.c_attn, block.ln_1(hidden))
-            query, key, value = projected.split(self.width, dim=-1)
-            keys = torch.cat([past[2 * layer], self._row_heads(key)], dim=2)
-            values = torch.cat([past[2 * layer + 1], self._row_heads(value)], dim=2)
-            present += [keys, values]
-            mixed = _attend(self._row_heads(query), keys, values)
-            hidden = hidden + _dense(block.attn.c_proj, mixed.reshape(-1, self.width))
-
-            # The rows of one image are queries against one copy of its keys and values.
+            mixed = attention.text(layer, *projected.split(self.width, dim=-1))
+            hidden = hidden + _dense(block.attn.c_proj, mixed)
             query = _dense(block.crossattention.q_attn, block.ln_cross_attn(hidden))
-            image_keys, image_values = memory[2 * layer], memory[2 * layer + 1]
-            query = query.reshape(image_keys.shape[0], -1, self.heads, self.head_dim).transpose(
-                1, 2
-            )
-            mixed = _attend(query, image_keys, image_values)
-            mixed = mixed.transpose(1, 2).reshape(-1, self.width)
-            hidden = hidden + _dense(block.crossattention.c_proj, mixed)
-
-            inner = block.mlp.act(_dense(block.mlp.c_fc, block.ln_2(hidden)))
+            hidden = hidden + _dense(block.crossattention.c_proj, attention.image(layer, query))
+            inner = _dense(block.mlp.c_fc, block.ln_2(hidden))
+            # The model's `gelu_new`, in the one operator that a graph has for it.
+            inner = nn.functional.gelu(inner, approximate="tanh")
             hidden = hidden + _dense(block.mlp.c_proj, inner)
-        return self.model.lm_head(transformer.ln_f(hidden)), present
-
-    def _row_heads(self, values: Tensor) -> Tensor:  # (R, D) -> (R, H, 1, D / H)
-        return values.view(-1, self.heads, 1, self.head_dim)
+        return self.model.lm_head(transformer.ln_f(hidden))
 
     def _split_heads(self, values: Tensor) -> Tensor:  # (B, N, D) -> (B, H, N, D / H)
         return values.view(*values.shape[:2], self.heads, self.head_dim).transpose(1, 2)
 
 
-# Both are written out so that the exported step is lean: the layer of `transformers` would flatten
-# and unflatten its input, and PyTorch's attention would copy the keys, transposed, at every step.
-
-
 def _dense(layer: Any, values: Tensor) -> Tensor:
-    """Returns (R, D_out) for values (R, D), by a layer of `transformers` that keeps (D, D_out)."""
+    """Returns (R, D_out) for values (R, D), by a layer of `transformers` that keeps (D, D_out).
+
+    Written out so that the exported step is lean: the layer would flatten and unflatten its input.
+    """
     return torch.addmm(layer.bias, values, layer.weight)
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Returns (..., Q, D) for query (..., Q, D) over keys and values (..., T, D)."""
-    weights = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-    return weights.softmax(-1) @ values
