@@ -75,11 +75,21 @@ def upload(port: int, path: str, jpeg: bytes) -> bytes:
     return head.encode() + body
 
 
-def closed_loop(port: int, requests: Sequence[bytes], *, clients: int, count: int) -> Load:
-    """Sends `count` requests, round and round: each client its next one when it is answered."""
+def closed_loop(
+    port: int, requests: Sequence[bytes], *, clients: int, count: int, first: int = 0
+) -> Load:
+    """Sends `count` requests: each client its next one when it is answered.
+
+    Args:
+        port: Where the server listens on 127.0.0.1.
+        requests: Taken round and round.
+        clients: How many send at the same time.
+        count: How many are sent.
+        first: The turn to begin with.
+    """
 
     async def run(load: Load) -> None:
-        turns = iter(range(count))
+        turns = iter(range(first, first + count))
         began = time.perf_counter()
         await asyncio.gather(*(_client(port, requests, turns, load) for _ in range(clients)))
         load.seconds = time.perf_counter() - began
@@ -147,9 +157,7 @@ async def _client(port: int, requests: Sequence[bytes], turns: Iterator[int], lo
         pool.close()
 
 
-async def _ask(
-    pool: "_Pool", requests: Sequence[bytes], turn: int, due: float, load: Load
-) -> None:
+async def _ask(pool: "_Pool", requests: Sequence[bytes], turn: int, due: float, load: Load) -> None:
     place = turn % len(requests)
     try:
         async with asyncio.timeout(TIMEOUT_S):

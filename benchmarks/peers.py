@@ -56,16 +56,19 @@ def choices(
         words = f"batches of {batch} at most"
         if peer == "litserve":
             words += f", {1000 * window:.0f} ms to fill one"
-        yield words, _command(
-            peer,
-            python,
-            {
-                "PEER_RUN": str(run.resolve()),
-                "PEER_BUNDLE": str(bundle.resolve()),
-                "PEER_THREADS": str(threads),
-                "PEER_BATCH": str(batch),
-                "PEER_WINDOW_S": str(window),
-            },
+        yield (
+            words,
+            _command(
+                peer,
+                python,
+                {
+                    "PEER_RUN": str(run.resolve()),
+                    "PEER_BUNDLE": str(bundle.resolve()),
+                    "PEER_THREADS": str(threads),
+                    "PEER_BATCH": str(batch),
+                    "PEER_WINDOW_S": str(window),
+                },
+            ),
         )
 
 
@@ -76,5 +79,3 @@ def _command(peer: str, python: Path, settings: dict[str, str]) -> Command:
     home = python.absolute().parents[1] / "bentoml"
     settings |= {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "true"}
     return Command([str(python), *serve, "--port", "{port}"], "/readyz", settings)
-
-
