@@ -74,6 +74,12 @@ def make_tiny(arguments: argparse.Namespace, folder: Path) -> None:
     arguments.images = arguments.images or drawn
 
 
+def check_run(folder: Path) -> None:
+    """Raises UsageError if a folder is no training run; loads no PyTorch to say so."""
+    if not (folder / "recipe.json").exists():
+        raise UsageError(NO_RUN.format(folder))
+
+
 def photographs(folder: Path | None, count: int) -> list[Path]:
     """Returns the first `count` image files of a folder, by name.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import NO_RUN, UsageError
+from common import check_run
 from numpy.typing import NDArray
 
 from exports.bundle import Bundle
@@ -121,8 +121,7 @@ def pytorch(folder: Path, bundle: Path, threads: int) -> Captioner:
     Raises:
         UsageError: The folder is no training run.
     """
-    if not (folder / "recipe.json").exists():
-        raise UsageError(NO_RUN.format(folder))
+    check_run(folder)
     torch.set_num_threads(threads)
     source = Run(folder)
     # A run that started from no other has the weights of the export already.

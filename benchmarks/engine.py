@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from statistics import mean, median
 
 import numpy as np
-import torch
 from common import compares, machine, main, parser, photographs, table
 from contenders import Ids, Pixels, Side, direct, generate, pytorch, queued, score
 

@@ -31,12 +31,16 @@ LONG_SIDES = (96, 320, 640, 1280, 2048)  # pixels of the mixed load's photograph
 MAX_BEAMS = 8
 CYCLES = 2
 SAMPLES = 20  # of the last phase, which gives the slope
-HEAD = ("phase", "requests so far", "RSS MB", "PSS MB", "PSS growth MB", "errors")
+HEAD = ("phase", "requests so far", "RSS MB", "growth", "PSS MB", "errors")
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What a server's processes hold, in MB (10^6 bytes); PSS shares out what others map too."""
+    """What a server's processes hold, in MB (10^6 bytes).
+
+    Of a library that other processes map too, PSS counts the share: it is the honest size. But it
+    rises when another process ends, so growth is that of RSS.
+    """
 
     rss: float
     pss: float
@@ -51,14 +55,13 @@ class Watched:
     sent: int = 0
     before: float | None = None
 
-    def note(self, phase: str, errors: int) -> Memory:
-        """Adds a row with what the server holds now; returns it."""
+    def note(self, phase: str, errors: int) -> None:
+        """Adds a row with what the server holds now."""
         now = memory_of(self.server.pid)
-        growth = "" if self.before is None else f"{now.pss - self.before:+.1f}"
-        cells = [f"{now.rss:.1f}", f"{now.pss:.1f}", growth, str(errors)]
+        growth = "" if self.before is None else f"{now.rss - self.before:+.1f}"
+        cells = [f"{now.rss:.1f}", growth, f"{now.pss:.1f}", str(errors)]
         self.rows.append([phase, str(self.sent), *cells])
-        self.before = now.pss
-        return now
+        self.before = now.rss
 
     def send(self, requests: Sequence[bytes], clients: int, count: int) -> int:
         """Sends so many requests; returns how many failed."""
@@ -87,7 +90,7 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
     print(
         f"- from its start to ready: {median(starts):.2f} s, the median of {len(starts)} starts "
         f"({min(starts):.2f} to {max(starts):.2f})\n"
-        f"- slope of the last phase: {1000 * growth:+.2f} MB of PSS per 1,000 requests\n"
+        f"- slope of the last phase: {1000 * growth:+.2f} MB of RSS per 1,000 requests\n"
     )
     print(machine(arguments.threads, "one server", ("onnxruntime", "numpy")))
 
@@ -118,7 +121,7 @@ def _phases(watched: Watched, paths: Sequence[Path], manifest: Manifest, request
     for sample in range(SAMPLES):
         part = rest * (sample + 1) // SAMPLES - rest * sample // SAMPLES
         errors += watched.send(mixed, 32, part)
-        points.append((watched.sent, memory_of(watched.server.pid).pss))
+        points.append((watched.sent, memory_of(watched.server.pid).rss))
     watched.note("the same, on and on", errors)
     return slope(points)
 

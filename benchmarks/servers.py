@@ -94,10 +94,8 @@ def running(command: Command) -> Iterator[Running]:
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
     process.send_signal(signal.SIGINT)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_S)
-    except subprocess.TimeoutExpired:
-        pass
     with suppress(ProcessLookupError):  # usually nobody is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

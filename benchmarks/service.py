@@ -20,7 +20,18 @@ from pathlib import Path
 
 import numpy as np
 from client import Load, arrivals, closed_loop, open_loop, upload
-from common import ROOT, UsageError, as_jpeg, compares, machine, main, parser, photographs, table
+from common import (
+    ROOT,
+    UsageError,
+    as_jpeg,
+    check_run,
+    compares,
+    machine,
+    main,
+    parser,
+    photographs,
+    table,
+)
 from measured import Measured
 from peers import PINS, choices, install
 from PIL import Image
@@ -57,6 +68,8 @@ class Offer:
 def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
     sides = _sides(arguments.sides)
     against = bool(set(sides) & set(PEERS))
+    if against:
+        check_run(arguments.run)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     jpegs = [as_jpeg(path) for path in photographs(arguments.images, arguments.count)]
     engine = Captioner.load(arguments.bundle, threads=arguments.threads)
