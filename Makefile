@@ -2,6 +2,9 @@
 
 PYTHON ?= python3
 PORT ?= 8000
+RUN ?= runs/base
+BUNDLE ?= exports/models/cutline-base/1
+IMAGES ?=
 BIN := .venv/bin
 
 .PHONY: serve test test-slow lint bench clean
@@ -21,11 +24,15 @@ lint: .venv/.dev-installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# An hour: `make bench RUN=runs/scst IMAGES=FLICKR8K/images`, with nothing else on the machine.
+bench: MEASURED = --bundle $(BUNDLE) $(if $(IMAGES),--images $(IMAGES))
 bench: .venv/.dev-installed
-	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/engine.py --run $(RUN) $(MEASURED)
+	$(BIN)/python benchmarks/service.py --run $(RUN) $(MEASURED)
+	$(BIN)/python benchmarks/memory.py $(MEASURED)
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -1,21 +1,27 @@
-"""The two sides of `engine.py`: this project's engine, and `generate` of transformers."""
+"""The sides of the benchmarks: this project's engine, and `generate` of transformers."""
 
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 import torch
+from common import check_run
 from numpy.typing import NDArray
 
+from exports.bundle import Bundle
 from exports.manifest import Generation
 from serving.captioner import Caption, Params
 from serving.captioner import Captioner as Served
 from serving.engine import Engine
 from serving.errors import CaptionFailed
 from trainer.captioner import Captioner
+from trainer.compression import round_weights
+from trainer.run import Run
+from trainer.stages.export import blended
 
 Pixels = NDArray[np.uint8]
 Ids = tuple[int, ...]
@@ -104,6 +110,27 @@ def queued(served: Served, batch: int, runner: asyncio.Runner, stack: ExitStack)
     return Side("its queue", lambda pixels, count: runner.run(clients(pixels, count)), meter)
 
 
+def pytorch(folder: Path, bundle: Path, threads: int) -> Captioner:
+    """Returns the PyTorch captioner whose export a bundle is, weights and all, for `generate`.
+
+    Args:
+        folder: The training run.
+        bundle: Says how the run's weights were averaged with those that it started from.
+        threads: Of this process; PyTorch has one setting for all that it computes.
+
+    Raises:
+        UsageError: The folder is no training run.
+    """
+    check_run(folder)
+    torch.set_num_threads(threads)
+    source = Run(folder)
+    # A run that started from no other has the weights of the export already.
+    share = Bundle.open(bundle).manifest.provenance["blend"] if source.recipe.start else 1
+    captioner = round_weights(blended(source, share))
+    captioner.encoder.to(memory_format=torch.channels_last)  # convolves in half the time
+    return captioner
+
+
 def generate(captioner: Captioner, generation: Generation, *, bf16: bool = False) -> Side:
     """Returns `generate` on the same weights; both attentions keep their keys and values."""
     text, model = captioner.text, captioner.decoder.model
@@ -113,7 +140,7 @@ def generate(captioner: Captioner, generation: Generation, *, bf16: bool = False
         found: list[Ids] = []
         for part in _batches(pixels, batch):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                # The view's layout is channels-last, and `engine.py` gives the weights the same.
+                # The view's layout is channels-last, as that of the weights is.
                 memory = captioner.encode(torch.from_numpy(part).permute(0, 3, 1, 2))
                 rows = model.generate(
                     input_ids=torch.full((len(part), 1), text.bos_id),

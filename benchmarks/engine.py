@@ -9,87 +9,44 @@ turns every few batches, so that whatever else the machine does hits all of them
 
 import argparse
 import asyncio
-import os
-import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from importlib import metadata
-from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
-import torch
-from contenders import Ids, Pixels, Side, direct, generate, queued, score
-from random_run import random_run
+from common import compares, machine, main, parser, photographs, table
+from contenders import Ids, Pixels, Side, direct, generate, pytorch, queued, score
 
-from exports.errors import ExportsError
 from serving.captioner import Captioner as Served
-from serving.errors import CaptionError
-from trainer.compression import round_weights
 from trainer.errors import TrainerError
 from trainer.photos import load_pixels
 from trainer.run import Run
-from trainer.stages.export import blended
 
 BATCHES = (1, 8, 32)
 TURN = 32  # images, or four batches if those are more, before the next side has its turn
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif"}
-HEAD = """\
-| batch | side | ms an image | against `generate` | encoder | steps | outside | same captions |
-|---|---|---|---|---|---|---|---|"""
-NO_RUN = (
-    "{}: no training run, and `generate` needs its checkpoint: a bundle holds graphs only. Train "
-    "one as trainer/recipes/flickr8k/base.toml says, or add --tiny to time random weights of the "
-    "same size"
+HEAD = (
+    "batch",
+    "side",
+    "ms an image",
+    "against `generate`",
+    "encoder",
+    "steps",
+    "outside",
+    "same captions",
 )
 
 
-class UsageError(Exception):
-    """What the command line names is not there."""
-
-
-def main() -> int:
-    """Runs the benchmark; returns 1 after an error on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/base"), help="a training run")
-    parser.add_argument(
-        "--bundle", type=Path, default=Path("exports/models/cutline-base/1"), help="its export"
-    )
-    parser.add_argument("--images", type=Path, help="a folder of photographs")
-    parser.add_argument("--tiny", action="store_true", help="random weights, drawn pictures")
-    parser.add_argument("--count", type=int, default=500, help="images, at most")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of each side")
-    arguments = parser.parse_args()
-    try:
-        with ExitStack() as stack:
-            _benchmark(arguments, stack)
-    except (UsageError, ExportsError, CaptionError, TrainerError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
-    run, bundle, images = arguments.run, arguments.bundle, arguments.images
-    if arguments.tiny:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        run, bundle, drawn = random_run(Path(folder))
-        images = images or drawn
-    elif not (run / "recipe.json").exists():
-        raise UsageError(NO_RUN.format(run))
-    torch.set_num_threads(arguments.threads)
-    source, served = Run(run), Served.load(bundle, threads=arguments.threads)
-    captioner = round_weights(blended(source, served.manifest.provenance["blend"]))
-    captioner.encoder.to(memory_format=torch.channels_last)  # convolves in half the time
-    paths, pixels = _decode(images, served, arguments.count)
+    captioner = pytorch(arguments.run, arguments.bundle, arguments.threads)
+    source, served = Run(arguments.run), Served.load(arguments.bundle, threads=arguments.threads)
+    paths = photographs(arguments.images, arguments.count)
+    pixels = np.stack([load_pixels(path, served.image_spec) for path in paths])
     generation = served.manifest.defaults
     runner = stack.enter_context(asyncio.Runner())
 
-    rows: list[str] = []
+    rows: list[list[str]] = []
     differing: dict[tuple[int, Ids, Ids], list[int]] = {}
     for batch in BATCHES:
         part = pixels[: len(pixels) - len(pixels) % batch]
@@ -108,8 +65,8 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
                 differing.setdefault((place, our_ids, their_ids), []).append(batch)
 
     words = " ".join(f"{name}={value}" for name, value in generation.model_dump().items())
-    print(f"\n{served.name}@{served.version}, {len(pixels)} images, {words}\n\n{HEAD}")
-    print("\n".join(rows), end="\n\n")
+    print(f"\n{served.name}@{served.version}, {len(pixels)} images, {words}\n")
+    print(table(HEAD, rows), end="\n\n")
     for (place, our_ids, their_ids), batches in differing.items():
         # Scored by PyTorch, both of them: how near a tie it was.
         texts = [
@@ -118,16 +75,8 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
             for ids in (our_ids, their_ids)
         ]
         print(f"- {paths[place].name}, batch {batches}: {texts[0]}; `generate`: {texts[1]}")
-    print(_machine(arguments))
-
-
-def _decode(folder: Path | None, served: Served, count: int) -> tuple[list[Path], Pixels]:
-    if folder is None or not folder.is_dir():
-        raise UsageError("name a folder of photographs with --images")
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)[:count]
-    if not paths:
-        raise UsageError(f"{folder}: no {', '.join(sorted(SUFFIXES))} in there")
-    return paths, np.stack([load_pixels(path, served.image_spec) for path in paths])
+    packages = ("onnxruntime", "torch", "transformers", "numpy")
+    print(machine(arguments.threads, f"medians of {arguments.rounds} rounds", packages))
 
 
 def _warm_up(sides: Sequence[Side], pixels: Pixels, batch: int) -> None:
@@ -165,7 +114,7 @@ def _measure(sides: Sequence[Side], pixels: Pixels, batch: int, rounds: int) -> 
         print(f"batch {batch}: round {number + 1} of {rounds}", file=sys.stderr)
 
 
-def _rows(sides: Sequence[Side], peer: Side, batch: int) -> Iterator[str]:
+def _rows(sides: Sequence[Side], peer: Side, batch: int) -> Iterator[list[str]]:
     """Yields rows for the table; speeds are medians over the rounds."""
     images = len(peer.found)
     for side in sides:
@@ -180,21 +129,8 @@ def _rows(sides: Sequence[Side], peer: Side, batch: int) -> Iterator[str]:
             if side.meter.batches:
                 name += f", {mean(side.meter.batches):.1f} at a time"
         cells = [str(batch), name, f"{1000 * median(side.seconds) / images:.1f}", f"{faster:.2f}x"]
-        yield f"| {' | '.join([*cells, *shares, f'{same:.1%}'])} |"
-
-
-def _machine(arguments: argparse.Namespace) -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    packages = ("onnxruntime", "torch", "transformers", "numpy")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
-    return (
-        f"{os.cpu_count()} cores of {(names or [platform.processor()])[0]}, {arguments.threads} "
-        f"threads a side, medians of {arguments.rounds} rounds; Python "
-        f"{platform.python_version()}, {versions}"
-    )
+        yield [*cells, *shares, f"{same:.1%}"]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(_benchmark, compares(parser(__doc__)).parse_args(), TrainerError))
