@@ -113,7 +113,15 @@ def encode(captioner: Captioner, pixels: NDArray[np.uint8]) -> Floats:
 
 
 class MemorySteps(TorchSteps):
-    """The PyTorch decoder, started on memory (B, N, D) in place of images."""
+    """The PyTorch decoder, started on memory (B, N, D) in place of images.
+
+    Where the end token is banned throughout, it is banned as CTranslate2 does it, before the
+    softmax: the log-probabilities of the others go up. Ours, as `transformers`, leaves them.
+    """
+
+    def __init__(self, captioner: Captioner, *, endless: bool) -> None:
+        super().__init__(captioner)
+        self._endless = endless
 
     @torch.inference_mode()
     def start(self, images: NDArray[Any]) -> Any:
@@ -122,10 +130,22 @@ class MemorySteps(TorchSteps):
         memory = captioner.decoder.memory_cache(torch.from_numpy(images))
         return memory, captioner.empty_cache(len(images))
 
+    def step(
+        self, state: Any, token_ids: Sequence[int], beam_index: Sequence[int], top_k: int
+    ) -> tuple[Any, Floats, NDArray[np.int64]]:
+        """See `StepModel`."""
+        if not self._endless:
+            return super().step(state, token_ids, beam_index, top_k)
+        state, log_probs, ids = super().step(state, token_ids, beam_index, self.vocab_size)
+        others = np.where(ids == self.eos_id, -np.inf, log_probs)
+        log_probs = log_probs - np.log(np.exp(others).sum(1, keepdims=True))
+        return state, log_probs[:, :top_k], ids[:, :top_k]
+
 
 def reference(captioner: Captioner, memory: Floats, generation: Generation) -> list[Ids]:
     """Returns what the project's own beam search says, slowly."""
-    found = beam_search(MemorySteps(captioner), memory, generation)  # type: ignore[arg-type]
+    steps = MemorySteps(captioner, endless=generation.min_new_tokens == generation.max_new_tokens)
+    found = beam_search(steps, memory, generation)  # type: ignore[arg-type]
     return [hypotheses[0].token_ids for hypotheses in found]
 
 

@@ -189,8 +189,8 @@ class _Worker:
         assert self._process.stderr is not None
         line = self._process.stdout.readline()
         if not line:
-            (*_, last) = ["no word from it", *self._process.stderr.read().strip().splitlines()]
-            raise PeerError(f"CTranslate2 ({self.name}) gave up: {last}")
+            said = ["no word from it", *self._process.stderr.read().strip().splitlines()]
+            raise PeerError(f"CTranslate2 ({self.name}) gave up: {said[-1]}")
         return json.loads(line)
 
 

@@ -34,10 +34,10 @@ def peer_python(requirement: str, folder: Path = FOLDER) -> Path:
         return python
     print(f"installing {requirement} into {home}", file=sys.stderr)
     venv.create(home, clear=True, with_pip=True)
-    command = [python, "-m", "pip", "install", "--quiet", requirement]
+    command = [str(python), "-m", "pip", "install", "--quiet", requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        (*_, last) = ["no word from pip", *done.stderr.strip().splitlines()]
-        raise PeerError(f"{requirement} could not be installed into {home}: {last}")
+        said = ["no word from pip", *done.stderr.strip().splitlines()]
+        raise PeerError(f"{requirement} could not be installed into {home}: {said[-1]}")
     complete.touch()
     return python
