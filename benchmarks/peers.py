@@ -1,14 +1,9 @@
-"""The peers of `service.py`: an environment for them, and how each is started."""
+"""The peers of `service.py`: their versions, and how each is started."""
 
-import subprocess
-import sys
-import sysconfig
-import venv
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from common import UsageError
 from servers import Command
 
 PINS = ("bentoml==1.4.40", "litserve==0.2.19")
@@ -17,33 +12,6 @@ WINDOW_S = 0.005  # LitServe's wait for a batch to fill; BentoML adapts its own
 # OpenMP's threads spin while they wait for each other. Alone on their cores that is the fastest; a
 # process that speaks HTTP beside them may make a spinning thread keep off the one it waits for.
 WAITS = {"spinning": {}, "sleeping": {"OMP_WAIT_POLICY": "PASSIVE"}}
-
-
-def install(folder: Path) -> Path:
-    """Returns the Python of an environment that has the peers, made if it is not there yet.
-
-    It sees this project's packages but changes none of them, so that both sides run the very same
-    PyTorch, and the project never depends on a peer.
-
-    Raises:
-        UsageError: pip failed.
-    """
-    python, done = folder / "bin" / "python", folder / "installed.txt"
-    pins = "\n".join((*PINS, sysconfig.get_path("purelib"), sys.version))
-    if done.exists() and done.read_text(encoding="utf-8") == pins:
-        return python
-    print(f"installing {' and '.join(PINS)} into {folder}", file=sys.stderr)
-    venv.create(folder, clear=True, with_pip=True)
-    [packages] = folder.glob("lib/python3*/site-packages")
-    # After its own: what a peer needs in another version, it finds first.
-    (packages / "project.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS]
-    # pip says that it leaves the project's own packages alone; that is meant to be.
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        raise UsageError(f"the peers are not installed: {found.stderr.strip()[-500:]}")
-    done.write_text(pins, encoding="utf-8")
-    return python
 
 
 def choices(

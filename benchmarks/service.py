@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 from client import Load, arrivals, closed_loop, open_loop, upload
 from common import (
-    ROOT,
     UsageError,
     as_jpeg,
     check_run,
@@ -32,8 +31,10 @@ from common import (
     photographs,
     table,
 )
+from environments import PEERS as ENVIRONMENTS
+from environments import python_with
 from measured import Measured
-from peers import PINS, choices, install
+from peers import PINS, choices
 from PIL import Image
 from servers import Command, ours, running
 
@@ -75,7 +76,10 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
     engine = Captioner.load(arguments.bundle, threads=arguments.threads)
     pixels = np.stack([_decoded(jpeg, engine.image_spec) for jpeg in jpegs])
     if against:
-        expected, python = _generated(arguments, pixels, engine), install(arguments.peers)
+        expected, python = (
+            _generated(arguments, pixels, engine),
+            python_with(PINS, arguments.peers / "servers", sees_project=True),
+        )
     else:
         expected = [text for part in _offline(engine, pixels) for text in part]
     commands, notes = {}, []
@@ -228,5 +232,5 @@ if __name__ == "__main__":
     arguments = compares(parser(__doc__))
     arguments.add_argument("--sides", default=",".join(PATHS), help="default: %(default)s")
     arguments.add_argument("--seconds", type=float, default=40.0, help="of each open loop")
-    arguments.add_argument("--peers", type=Path, default=ROOT / ".venv-peers", metavar="DIR")
+    arguments.add_argument("--peers", type=Path, default=ENVIRONMENTS, metavar="DIR")
     sys.exit(main(_benchmark, arguments.parse_args()))

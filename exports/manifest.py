@@ -18,6 +18,7 @@ from exports.images import ImageSpec
 from exports.text import TextSpec
 
 MANIFEST_FILE = "manifest.json"
+JOIN_FILE = "join.onnx"
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION_PATTERN = re.compile(r"[0-9][A-Za-z0-9._-]{0,63}")
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
@@ -155,7 +156,7 @@ class Manifest(_Strict):
     text: TextSpec
     encoder: EncoderSpec
     decoder: DecoderSpec
-    join_file: FileName = "join.onnx"
+    join_file: FileName = JOIN_FILE
     tokenizer_file: FileName = "tokenizer.json"
     defaults: Generation = Generation()
     golden: tuple[Golden, ...] = ()

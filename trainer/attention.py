@@ -10,7 +10,7 @@ Every decoder family writes its step once, over `StepAttention`; what lies behin
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ class TreeCache:
 
 
 def _onnx(
-    operator: str, inputs: Sequence[Tensor | None], like: Tensor, **attributes: int
+    operator: str, inputs: Sequence[Tensor | None], like: Tensor, **attributes: Any
 ) -> Tensor:
     """Returns an operator's only output, of the shape of `like`, as a node of the traced graph."""
     return torch.onnx.ops.symbolic(

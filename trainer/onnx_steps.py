@@ -28,8 +28,8 @@ class OnnxSteps:
         decoder_spec: DecoderSpec,
         text: TextSpec,
     ) -> None:
-        self._encoder = _session(encoder)
-        self._decoder = _session(decoder)
+        self._encoder = session(encoder)
+        self.decoder: Any = session(decoder)
         self._encoder_spec, self._spec = encoder_spec, decoder_spec
         self.bos_id, self.eos_id = text.bos_id, text.eos_id
         self.vocab_size, self.max_length = text.vocab_size, text.max_length
@@ -77,7 +77,7 @@ class OnnxSteps:
                 for name, values in zip(self._spec.cache, cache, strict=True)
             },
         }
-        log_probs, ids, *cache = self._decoder.run(
+        log_probs, ids, *cache = self.decoder.run(
             ["log_probs", "ids", *map(next_name, self._spec.cache)], feeds
         )
         return (memory, cache, visible), log_probs, ids
@@ -88,7 +88,8 @@ class OnnxSteps:
         return int((seen[0, 0, 0] == 0).sum())
 
 
-def _session(graph: bytes) -> onnxruntime.InferenceSession:
+def session(graph: bytes) -> onnxruntime.InferenceSession:
+    """Returns a graph, ready to run."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # warnings tell of initializers that folding made needless
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -39,6 +39,7 @@ def files(tokenizer_json: bytes) -> dict[str, bytes]:
     return {
         "encoder.onnx": b"encoder" * 100,
         "decoder.onnx": b"decoder" * 100,
+        "join.onnx": b"join",
         "tokenizer.json": tokenizer_json,
         "golden/dog.png": b"a picture of a dog",
         "MODEL_CARD.md": b"# tiny\n",
@@ -61,8 +62,7 @@ def manifest(text_spec: TextSpec) -> Manifest:
             heads=2,
             head_dim=4,
             memory=("memory_k.0", "memory_v.0"),
-            past=("past_k.0", "past_v.0"),
-            present=("present_k.0", "present_v.0"),
+            cache=("cache_k.0", "cache_v.0"),
         ),
         golden=(Golden(image="golden/dog.png", token_ids=(3, 4, 2), text="a dog", score=-0.5),),
         metrics={"CIDEr-D": 0.6, "CIDEr-D interval": [0.5, 0.7]},

@@ -158,15 +158,15 @@ def test_a_misspelt_field_is_named(tmp_path: Path, write: Write) -> None:
 
 def test_a_later_schema_is_refused(tmp_path: Path, write: Write) -> None:
     path = write(tmp_path / "bundle") / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 3'))
 
     with pytest.raises(BundleError, match="schema_version"):
         Bundle.open(path.parent)
 
 
 def test_graphs_that_do_not_fit_each_other_are_refused(manifest: Manifest) -> None:
-    with pytest.raises(ValidationError, match="past names 1 tensors"):
-        DecoderSpec(layers=1, heads=1, head_dim=1, memory=("m",), past=("k",), present=("k1", "v1"))
+    with pytest.raises(ValidationError, match="cache names 1 tensors"):
+        DecoderSpec(layers=1, heads=1, head_dim=1, memory=("m",), cache=("k",))
     decoder = manifest.decoder.model_copy(update={"memory": ("memory_k.0",)})
     with pytest.raises(BundleError, match="name different tensors"):
         Manifest.from_json(manifest.model_copy(update={"decoder": decoder}).to_json())

@@ -27,6 +27,7 @@ from trainer.parity import Parity, compare
 from trainer.photos import load_pixels
 from trainer.run import Run
 from trainer.stages import evaluate, export, finetune
+from trainer.stages._card import recipe_of
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
 TEXT = TextSpec(vocab_size=60, pad_id=0, bos_id=1, eos_id=2, max_length=14)
@@ -159,34 +160,6 @@ def test_trainer_and_server_see_the_same_pixels(path: Path) -> None:
     assert np.array_equal(load_pixels(path, spec), decode_image(path.read_bytes(), spec, limits))
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> tuple[Path, Path]:
-    """A run of a few steps on photographs, and its bundle."""
-    root = tmp_path_factory.mktemp("exported")
-    rows = "".join(
-        f"{p.resolve()},a {p.stem} on a table\n{p.resolve()},one {p.stem}\n" for p in PHOTOS
-    )
-    (root / "photos.csv").write_text("image,caption\n" + rows)
-    config = finetune.Config.model_validate(
-        {
-            "data": {"train": root / "photos.csv", "captions_per_image": 2},
-            "image": {"height": 64, "width": 48},
-            "tokenizer": {"vocab_size": 300},
-            "encoder": ENCODERS["timm_cnn"],
-            "bridge": {"name": "cross_attention", "layers": 0},
-            "decoder": {"name": "gpt2", "width": 32, "layers": 2, "heads": 2, "max_length": 16},
-            "objective": {"name": "lm"},
-            "optim": {"lr": 3e-3},
-            "loop": {"epochs": 40, "batch_size": 4, "workers": 0},
-        }
-    )
-    finetune.run(config, root / "run")
-    card = {"description": "d", "data": "d", "licence": "l", "failures": "f"}
-    changes = {"run": root / "run", "name": "photos", "data": root / "photos.csv", "card": card}
-    export.run(export.Config.model_validate(changes), root / "run")
-    return root / "run", root / "run" / "bundle"
-
-
 def test_the_server_s_captions_are_the_trainer_s(exported: tuple[Path, Path]) -> None:
     run, bundle = exported
     served = ServedCaptioner.load(bundle, threads=1)
@@ -269,7 +242,7 @@ def test_a_blend_lies_between_a_run_and_its_start(
     weights = {**second.encoder, "weights": str(tmp_path / "some.pth")}
     moved = Run(tmp_path)
     moved.recipe = second.model_copy(update={"start": tmp_path / "gone", "encoder": weights})
-    told = export._recipe(moved)
+    told = recipe_of(moved)
     assert (told["start"], told["encoder"]["weights"]) == ("gone", "some.pth")
     with pytest.raises(ConfigError, match="started from no other run"):
         export.blended(start, 0.5)

@@ -129,7 +129,7 @@ def test_metrics_after_traffic(live, photos):
     assert grew("cutline_requests_total", "200", "captions") == 2
     assert grew("cutline_requests_total", "400", "captions") == 1
     assert grew("cutline_request_seconds_count") == 3
-    assert grew("cutline_batch_images_sum") == grew("cutline_queue_wait_seconds_count") == 4
+    assert grew("cutline_encode_images_sum") == grew("cutline_queue_wait_seconds_count") == 4
     assert grew("cutline_tokens_total") > 4
     assert grew("cutline_decode_step_seconds_sum") > 0
     assert grew("cutline_encode_seconds_sum") > 0

@@ -21,6 +21,7 @@ def test_everything_is_counted_once():
     metrics.request_finished("captions", 200, 0.2)
     metrics.observe_queue_wait(0.05)
     metrics.observe_batch(3)
+    metrics.observe_rows(12)
     metrics.observe_encode(0.5)
     metrics.observe_step(0.25)
     metrics.add_tokens(11)
@@ -34,7 +35,8 @@ def test_everything_is_counted_once():
     assert found["cutline_request_seconds_bucket", "0.1"] == 0
     assert found["cutline_request_seconds_bucket", "0.25"] == 1
     assert found["cutline_queue_wait_seconds_sum",] == 0.05
-    assert found["cutline_batch_images_sum",] == 3
+    assert found["cutline_encode_images_sum",] == 3
+    assert found["cutline_decode_step_rows_sum",] == 12
     assert found["cutline_encode_seconds_sum",] == 0.5
     assert found["cutline_decode_step_seconds_sum",] == 0.25
     assert found["cutline_tokens_total",] == 11

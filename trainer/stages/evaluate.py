@@ -107,7 +107,7 @@ def run(config: Config, out_dir: Path) -> None:
     _print(figures)
     if others:
         copied = _nearest_captions(model, pixels, others)
-        baseline, gain = score_all(references, copied), _gain(references, captions, copied)
+        baseline, gain = score_all(references, copied), differences_of(references, captions, copied)
         report |= {"neighbours": as_json(baseline), "gain": as_json(gain)}
         print(f"\ncaption of the nearest of {len(others)} captioned images")
         _print(baseline)
@@ -159,14 +159,15 @@ def as_json(figures: dict[str, Interval]) -> dict[str, Any]:
     }
 
 
-def _gain(
-    references: Sequence[Sequence[str]], captions: Sequence[str], copied: Sequence[str]
+def differences_of(
+    references: Sequence[Sequence[str]], captions: Sequence[str], others: Sequence[str]
 ) -> dict[str, Interval]:
-    gain: dict[str, Interval] = {}
+    """Returns the figures of captions minus those of others, with paired 95 % intervals."""
+    found: dict[str, Interval] = {}
     for name in ("cider", "bleu", "rouge"):
         score = variants.load("metrics", name).score
-        gain |= paired_difference(score(references, captions), score(references, copied))
-    return gain
+        found |= paired_difference(score(references, captions), score(references, others))
+    return found
 
 
 def _nearest_captions(

@@ -4,16 +4,12 @@ A failed parity check ends the stage before anything is written, so nothing that
 model it came from can be published.
 """
 
-import hashlib
 import io
-import platform
 from collections.abc import Sequence
 from copy import deepcopy
 from datetime import UTC, datetime
-from importlib import import_module, resources
 from pathlib import Path
-from string import Template
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,33 +19,50 @@ from pydantic import AfterValidator, Field
 
 from exports.bundle import write_bundle
 from exports.images import ImageSpec, preprocess
-from exports.manifest import Golden, Manifest, check_name, check_version
+from exports.manifest import (
+    JOIN_FILE,
+    DecoderSpec,
+    EncoderSpec,
+    Golden,
+    Manifest,
+    check_name,
+    check_version,
+)
+from exports.text import TextSpec
 from trainer.captioner import Captioner
 from trainer.compression import round_weights
 from trainer.config import Config as BaseConfig
-from trainer.data import Example
 from trainer.decoding import StepModel, TorchSteps, beam_search, best_hypotheses
-from trainer.errors import ConfigError
-from trainer.graphs import export_decoder, export_encoder
+from trainer.errors import ConfigError, ParityError
+from trainer.graphs import export_decoder, export_encoder, join_graph
 from trainer.intervals import Interval
-from trainer.metrics import cider
 from trainer.onnx_steps import OnnxSteps
-from trainer.parity import Parity, compare
+from trainer.parity import compare
 from trainer.photos import load_all, load_pixels
+from trainer.quantise import quantise_encoder
+from trainer.quantise_decoder import quantise_decoder
 from trainer.run import Run
-from trainer.stages.evaluate import Model, as_json, score_all
+from trainer.stages._card import Card, model_card, provenance
+from trainer.stages.evaluate import Model, as_json, differences_of, score_all
 from trainer.stages.finetune import read_captioned
 
+_ROUNDED = (
+    "Rounding the weights for storage (int8 for the decoder's matrices, half precision for the "
+    "rest) left {} as they were."
+)
 _MARGIN = 5e-3  # a golden caption must win by this much, or other processors may not agree
 
 
-class Card(BaseConfig):
-    """Keys of `[card]`: what only a person can say about a model."""
+class Int8(BaseConfig):
+    """Keys of `[int8]`: graphs that compute in 8-bit integers, for CPUs."""
 
-    description: str
-    data: str
-    licence: str
-    failures: str
+    data: Path
+    """Captioned images, best those of training; what ranges activations have is seen there."""
+    images: Path | None = None
+    split: str | None = None
+    calibration_images: int = Field(default=128, ge=1)
+    budget: float = Field(default=0.005, ge=0)
+    """How far CIDEr-D may be from that of the float graphs; a bundle beyond it is not written."""
 
 
 class Config(BaseConfig):
@@ -70,6 +83,7 @@ class Config(BaseConfig):
     golden: tuple[Path, ...] = ()
     """Pictures that go into the bundle with the captions it must give; some are drawn if none are
     named. They are published: name only what may be."""
+    int8: Int8 | None = None
     card: Card
 
 
@@ -80,36 +94,54 @@ def run(config: Config, out_dir: Path) -> None:
         raise ConfigError(f"{out_dir / 'bundle'} exists already; choose another folder with --out")
     _check_golden(config.golden)
     trained = blended(source, config.blend)
-    captioner = round_weights(deepcopy(trained))
-    print("exporting two graphs ...")
-    encoder, encoder_spec = export_encoder(captioner)
-    decoder, decoder_spec = export_decoder(captioner)
-    steps = OnnxSteps(encoder, decoder, encoder_spec, decoder_spec, source.text)
+    # Integers are rounded from the trained weights; stored floats are what they are rounded to.
+    captioner = trained if config.int8 else round_weights(deepcopy(trained))
+    print("exporting the graphs ...")
+    graphs = Graphs(*export_encoder(captioner), *export_decoder(captioner))
+    steps = graphs.steps(source.text)
     examples = read_captioned(config.data, config.images, config.split)
+    references = [example.captions for example in examples]
     pixels = load_all(examples, source.recipe.image)
     generation = source.recipe.generation
     shown = pixels[: config.parity_images]
     parity = compare(TorchSteps(captioner), steps, shown, generation).check()
     print(f"parity: {parity}")
-    model = Model(config.name, steps, source.tokenizer, source.recipe.image, generation)
-    found = best_hypotheses(steps, pixels, generation)
-    captions = [source.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
-    unrounded = best_hypotheses(TorchSteps(trained), shown, generation)
-    unchanged = sum(a.token_ids == b.token_ids for a, b in zip(unrounded, found, strict=False))
-    rounding = f"{unchanged} of {len(shown)} captions"
-    print(f"rounding its weights left {rounding} as they were")
-    references = [example.captions for example in examples]
+    captions = _captions(steps, pixels, source)
+    if config.int8:
+        float_captions = captions
+        graphs = _quantised(config.int8, graphs, steps, source)
+        steps = graphs.steps(source.text)
+        captions = _captions(steps, pixels, source)
+        rounding, difference = _compared(config.int8.budget, references, captions, float_captions)
+    else:
+        unrounded = _captions(TorchSteps(trained), shown, source)
+        rounding, difference = _ROUNDED.format(_alike(unrounded, captions[: len(shown)])), None
+    print(rounding)
     figures = score_all(references, captions)
+    model = Model(config.name, steps, source.tokenizer, source.recipe.image, generation)
     golden, pictures = _golden(config.golden, model)
+    card = model_card(
+        config.card,
+        name=config.name,
+        data_name=config.data.name,
+        generation=generation,
+        figures=figures,
+        parity=parity,
+        rounding=rounding,
+        examples=examples,
+        captions=captions,
+    )
     files = {
-        encoder_spec.file: encoder,
-        decoder_spec.file: decoder,
+        graphs.encoder_spec.file: graphs.encoder,
+        graphs.decoder_spec.file: graphs.decoder,
+        JOIN_FILE: join_graph(captioner),
         "tokenizer.json": source.tokenizer_json,
-        "MODEL_CARD.md": _card(
-            config, source, figures, parity, rounding, examples, captions
-        ).encode(),
+        "MODEL_CARD.md": card.encode(),
         **pictures,
     }
+    metrics = {"data": config.data.name, "images": len(examples), "figures": as_json(figures)}
+    if difference is not None:
+        metrics["int8 - float32"] = as_json(difference)
     manifest = Manifest(
         name=config.name,
         version=config.version,
@@ -118,18 +150,74 @@ def run(config: Config, out_dir: Path) -> None:
         licence=config.card.licence,
         image=source.recipe.image,
         text=source.text,
-        encoder=encoder_spec,
-        decoder=decoder_spec,
+        encoder=graphs.encoder_spec,
+        decoder=graphs.decoder_spec,
         defaults=generation,
         golden=golden,
-        metrics={"data": config.data.name, "images": len(examples), "figures": as_json(figures)},
-        provenance=_provenance(source, config.blend, parity),
+        metrics=metrics,
+        provenance=provenance(source, config.blend, parity),
         files={},
     )
     target = out_dir / "bundle"
     write_bundle(target, manifest, files)
     size = sum(len(body) for body in files.values()) / 1e6
     print(f"wrote {target} ({size:.1f} MB); publish it with: python -m exports publish {target}")
+
+
+class Graphs(NamedTuple):
+    """The two graphs that differ from captioner to captioner, and the names of their tensors."""
+
+    encoder: bytes
+    encoder_spec: EncoderSpec
+    decoder: bytes
+    decoder_spec: DecoderSpec
+
+    def steps(self, text: TextSpec) -> OnnxSteps:
+        """Returns them ready to run."""
+        return OnnxSteps(self.encoder, self.decoder, self.encoder_spec, self.decoder_spec, text)
+
+
+def _captions(steps: StepModel, pixels: NDArray[np.uint8], source: Run) -> list[str]:
+    found = best_hypotheses(steps, pixels, source.recipe.generation)
+    return [source.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
+
+
+def _quantised(config: Int8, graphs: Graphs, steps: OnnxSteps, source: Run) -> Graphs:
+    examples = read_captioned(config.data, config.images, config.split)
+    pixels = load_all(examples[: config.calibration_images], source.recipe.image)
+    print(f"quantising by the activations on {len(pixels)} images ...")
+    decoder = quantise_decoder(graphs.decoder, steps, pixels, source.recipe.generation)
+    batches = (pixels[start : start + 8] for start in range(0, len(pixels), 8))
+    encoder = quantise_encoder(graphs.encoder, batches)
+    return graphs._replace(encoder=encoder, decoder=decoder)
+
+
+def _compared(
+    budget: float, references: Sequence[Sequence[str]], found: list[str], floats: list[str]
+) -> tuple[str, dict[str, Interval]]:
+    """Returns what int8 changes, in words and figures.
+
+    Raises:
+        ParityError: CIDEr-D differs by more than the budget.
+    """
+    differences = differences_of(references, found, floats)
+    difference = differences["CIDEr-D"]
+    same = _alike(found, floats)
+    if not abs(difference.value) <= budget:
+        raise ParityError(
+            f"int8 graphs change CIDEr-D by {difference}, more than the budget of {budget:g} "
+            f"({same} are the float graphs'); calibrate on more images, or export without [int8]"
+        )
+    return (
+        "The graphs compute in 8-bit integers. Against the same graphs in float32 that changes "
+        f"CIDEr-D by {difference} and leaves {same} as they were.",
+        differences,
+    )
+
+
+def _alike(first: Sequence[str], second: Sequence[str]) -> str:
+    same = sum(a == b for a, b in zip(first, second, strict=True))
+    return f"{same} of {len(first)} captions"
 
 
 def blended(source: Run, share: float) -> Captioner:
@@ -207,68 +295,3 @@ def _drawn() -> dict[str, bytes]:
         image.save(buffer, "PNG")
         pictures[f"drawing-{number}.png"] = buffer.getvalue()
     return pictures
-
-
-def _card(
-    config: Config,
-    source: Run,
-    figures: dict[str, Interval],
-    parity: Parity,
-    rounding: str,
-    examples: Sequence[Example],
-    captions: Sequence[str],
-) -> str:
-    references = [example.captions for example in examples]
-    scores = cider.score(references, captions).per_image[:, 0]
-    worst = [
-        f"- said *{captions[index]}*, people said *{examples[index].captions[0]}*"
-        for index in np.argsort(scores)[:8]
-    ]
-    template = Template(resources.files("trainer").joinpath("model_card.md").read_text("utf-8"))
-    return template.substitute(
-        name=config.name,
-        **config.card.model_dump(),
-        data_name=config.data.name,
-        images=len(examples),
-        rows="\n".join(
-            f"| {k} | {v.value:.3f} | {v.low:.3f} to {v.high:.3f} |" for k, v in figures.items()
-        ),
-        decoding=", ".join(f"{k} {v}" for k, v in source.recipe.generation.model_dump().items()),
-        parity=parity,
-        rounding=rounding,
-        worst="\n".join(worst),
-    )
-
-
-def _provenance(source: Run, blend: float, parity: Parity) -> dict[str, Any]:
-    """Returns what the bundle came from."""
-    packages = ("torch", "timm", "transformers", "onnx", "onnxruntime")
-    return {
-        "recipe": _recipe(source),
-        "blend": blend,
-        "parity": parity.as_json(),
-        "python": platform.python_version(),
-        # Asked of the module: ONNX Runtime comes from packages of several names.
-        "packages": {package: import_module(package).__version__ for package in packages},
-    }
-
-
-def _recipe(source: Run) -> dict[str, Any]:
-    """Returns a run's recipe, and in its `start` that of the run it began with.
-
-    Paths are cut to their names, which is all they mean elsewhere; the captions' sha256 is added.
-    A run that is gone by now is only named.
-    """
-    recipe = source.recipe.model_dump(mode="json")
-    data = source.recipe.data
-    for key in ("train", "dev", "images"):
-        path = getattr(data, key)
-        recipe["data"][key] = None if path is None else path.name
-    if data.train.is_file():
-        recipe["data"]["train_sha256"] = hashlib.sha256(data.train.read_bytes()).hexdigest()
-    if "weights" in recipe["encoder"]:
-        recipe["encoder"]["weights"] = recipe["encoder"]["weights"].rpartition("/")[2]
-    start = source.recipe.start
-    if start is not None:
-        recipe["start"] = _recipe(Run(start)) if start.is_dir() else start.name
-    return recipe
