@@ -44,6 +44,7 @@ def quantise_encoder(
     batches: Iterable[NDArray[np.uint8]],
     *,
     outside: float = 1e-5,
+    levels: int = 127,
     compensate: bool = True,
 ) -> bytes:
     """Returns the encoder graph with integer weights and activations.
@@ -52,6 +53,8 @@ def quantise_encoder(
         graph: the graph of `trainer.graphs.export_encoder`.
         batches: images (B, H, W, 3) like those that it will see; about a hundred are enough.
         outside: share of a tensor's values that its range may cut off at either end.
+        levels: the largest weight. 63 keeps sums of two products within 16 bits: processors with
+            AVX2 and without VNNI cut off larger ones, and would caption otherwise.
         compensate: round weights together, not each by itself.
 
     Raises:
@@ -74,7 +77,7 @@ def quantise_encoder(
     steps = {name: _steps(found) for name, found in ranges.found().items()}
     if zero is not None:
         steps[PIXELS] = (np.float32(1), np.uint8(zero))
-    writer = _Writer(folded, plan, steps)
+    writer = _Writer(folded, plan, steps, levels)
     folded.rewrite(writer.nodes(moments if compensate else {}))
     return folded.finish().SerializeToString()
 
@@ -171,9 +174,13 @@ class _Writer:
     """The nodes of a graph with those that make integers between them."""
 
     def __init__(
-        self, graph: Graph, plan: _Plan, steps: dict[str, tuple[np.float32, np.uint8]]
+        self,
+        graph: Graph,
+        plan: _Plan,
+        steps: dict[str, tuple[np.float32, np.uint8]],
+        levels: int,
     ) -> None:
-        self._graph, self._plan, self._steps = graph, plan, steps
+        self._graph, self._plan, self._steps, self._levels = graph, plan, steps, levels
 
     def nodes(self, moments: Mapping[int, Moments]) -> list[onnx.NodeProto]:
         """Returns all nodes, in order."""
@@ -219,12 +226,12 @@ class _Writer:
         matrix = _matrix(node, weight)  # (G, R, C)
         bias = graph.constants[node.input[2]].ravel() if len(node.input) > 2 else None
         step = self._steps[node.input[0]][0]
-        scale = scales(matrix)
+        scale = scales(matrix, self._levels)
         if bias is not None:  # a channel without weights may have a bias all the same
             least = np.abs(bias).reshape(*scale.shape) / (step * _LARGEST_BIAS)
             scale = np.maximum(scale, least.astype(np.float32))
         second = None if moments is None else moments.second(centred=bias is not None)
-        rounded = round_together(matrix, scale, second)
+        rounded = round_together(matrix, scale, second, self._levels)
         if moments is not None and bias is not None:
             lost = matrix - rounded * scale.astype(np.float64)
             bias = bias + (lost * moments.mean()[:, None]).sum(-1).ravel()

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LEVELS = 127
 _DAMPING = 0.01  # of the mean diagonal, as in the paper
 
 Array = NDArray[Any]
@@ -48,36 +47,42 @@ class Moments:
         return products - mean[:, :, None] * mean[:, None] if centred else products
 
 
-def scales(weights: Array) -> Array:
-    """Returns the step of each row (..., 1) of weights (..., C); 1 for a row of zeros."""
+def scales(weights: Array, levels: int) -> Array:
+    """Returns the step of each row (..., 1) of weights (..., C); 1 for a row of zeros.
+
+    The largest weight of a row is `levels` steps.
+    """
     largest = np.abs(weights).max(-1, keepdims=True)
-    return np.where(largest > 0, largest / LEVELS, 1.0).astype(np.float32)
+    return np.where(largest > 0, largest / levels, 1.0).astype(np.float32)
 
 
-def round_together(weights: Array, scale: Array, second: Array | None) -> NDArray[np.int8]:
+def round_together(
+    weights: Array, scale: Array, second: Array | None, levels: int
+) -> NDArray[np.int8]:
     """Returns integers (G, R, C) whose products with `scale` stand for the weights.
 
     Args:
         weights: (G, R, C), R rows for each of G matrices.
         scale: (G, R, 1).
         second: (G, C, C), the inputs' second moment; without it each weight is rounded by itself.
+        levels: the largest integer, 127 at most.
     """
     if second is None:
-        return _nearest(weights / scale)
+        return _nearest(weights / scale, levels)
     left = weights.astype(np.float64)
     factor = _factor(second)
     rounded = np.empty(weights.shape, np.int8)
     for column in range(weights.shape[-1]):
         values = left[:, :, column]
-        rounded[:, :, column] = _nearest(values / scale[:, :, 0])
+        rounded[:, :, column] = _nearest(values / scale[:, :, 0], levels)
         error = values - rounded[:, :, column] * scale[:, :, 0].astype(np.float64)
         row = factor[:, column, column:]  # (G, what is left of C)
         left[:, :, column:] -= (error / row[:, :1])[:, :, None] * row[:, None]
     return rounded
 
 
-def _nearest(steps: Array) -> NDArray[np.int8]:
-    return np.clip(np.rint(steps), -LEVELS, LEVELS).astype(np.int8)
+def _nearest(steps: Array, levels: int) -> NDArray[np.int8]:
+    return np.clip(np.rint(steps), -levels, levels).astype(np.int8)
 
 
 def _factor(second: Array) -> Array:

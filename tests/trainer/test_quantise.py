@@ -185,6 +185,18 @@ def test_a_clip_goes_into_the_range_where_it_begins_at_0(low: float, tmp_path: P
     assert np.abs(a - b).mean() < 0.02
 
 
+def test_weights_take_no_more_levels_than_asked() -> None:
+    for levels in (127, 63):
+        integers = quantise_encoder(two_convolutions(0), [photographs(4, 1)], levels=levels)
+        weights = onnx.load_from_string(integers).graph.initializer
+        largest = max(
+            int(np.abs(numpy_helper.to_array(w).astype(int)).max())
+            for w in weights
+            if w.data_type == TensorProto.INT8
+        )
+        assert largest == levels
+
+
 def square(scale: float) -> onnx.ModelProto:
     """The graph y = scale * x * x, with the tensor `scaled` on the way."""
     graph = helper.make_graph(
@@ -224,7 +236,7 @@ def test_weights_rounded_together_lose_less_than_each_by_itself() -> None:
     mixing = draw.normal(size=(12, 12))
     inputs = (draw.normal(size=(4000, 2, 12)) @ mixing + 3).astype(np.float32)
     weights = draw.normal(size=(2, 5, 12)).astype(np.float32)
-    scale = scales(weights) * 8  # coarse, so that rounding tells
+    scale = scales(weights, 127) * 8  # coarse, so that rounding tells
     moments = Moments()
     moments.add(inputs[:1000])
     moments.add(inputs[1000:])
@@ -237,7 +249,7 @@ def test_weights_rounded_together_lose_less_than_each_by_itself() -> None:
         error = columns @ (weights - rounded * scale).swapaxes(1, 2)
         return float(np.mean(error**2))
 
-    together, apart = (round_together(weights, scale, s) for s in (second, None))
+    together, apart = (round_together(weights, scale, s, 127) for s in (second, None))
     assert np.array_equal(apart, np.rint(weights / scale).astype(np.int8))
     assert loss(together) < 0.5 * loss(apart)
 
@@ -245,5 +257,5 @@ def test_weights_rounded_together_lose_less_than_each_by_itself() -> None:
 def test_rows_and_inputs_of_zeros_are_no_trouble() -> None:
     weights = np.zeros((1, 2, 3), np.float32)
     weights[0, 1] = 1
-    rounded = round_together(weights, scales(weights), np.zeros((1, 3, 3)))
-    assert rounded.tolist() == [[[0, 0, 0], [127, 127, 127]]]
+    rounded = round_together(weights, scales(weights, 63), np.zeros((1, 3, 3)), 63)
+    assert rounded.tolist() == [[[0, 0, 0], [63, 63, 63]]]
