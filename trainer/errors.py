@@ -1,10 +1,11 @@
 """The trainer's errors, each with a message that says what was found and what to do.
 
 TrainerError
-├── DataError        a data set cannot be read or used: the message names the file and line
-├── ConfigError      a recipe or an override is wrong: the message names the key
-├── CheckpointError  a checkpoint is missing, damaged or of another run
-└── ParityError      an exported graph does not behave as the model it came from
+├── DataError          a data set cannot be read or used: the message names the file and line
+├── ConfigError        a recipe or an override is wrong: the message names the key
+├── CheckpointError    a checkpoint is missing, damaged or of another run
+├── ParityError        an exported graph does not behave as the model it came from
+└── QuantisationError  nothing to calibrate integers on, or values that are not finite
 """
 
 
@@ -26,3 +27,7 @@ class CheckpointError(TrainerError):
 
 class ParityError(TrainerError):
     """An exported graph does not behave as the model it came from."""
+
+
+class QuantisationError(TrainerError):
+    """There is nothing to calibrate integers on, or values are not finite."""

@@ -20,16 +20,14 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from exports.manifest import Generation
+from trainer.calibration import Range, Ranges
 from trainer.decoding import best_hypotheses
-from trainer.errors import ParityError
 from trainer.onnx_steps import OnnxSteps, session
 
 _MICROSOFT = "com.microsoft"
-_STEPS = 255  # of an activation
-_WEIGHT_STEPS = 63  # of a weight, on either side
+WEIGHT_LEVELS = 63  # of a weight, on either side of 0
 
 Weights = dict[str, NDArray[np.float32]]
-Ranges = dict[str, tuple[float, float]]
 
 
 def quantise_decoder(
@@ -44,7 +42,7 @@ def quantise_decoder(
         generation: how they are captioned.
 
     Raises:
-        ParityError: an activation is not finite on these images.
+        QuantisationError: an activation is not finite on these images.
     """
     model = onnx.load_from_string(graph)
     weights = _weights(model)
@@ -78,8 +76,8 @@ def _ranges(
     steps: OnnxSteps,
     images: NDArray[np.uint8],
     generation: Generation,
-) -> Ranges:
-    """Returns the least and the largest value of every dense layer's input, 0 among them."""
+) -> dict[str, Range]:
+    """Returns the range of every dense layer's input while the images are captioned."""
     names = list(dict.fromkeys(node.input[0] for node in _dense(model, weights)))
     telling = onnx.ModelProto()
     telling.CopyFrom(model)
@@ -90,37 +88,29 @@ def _ranges(
         best_hypotheses(steps, images, generation)
     finally:
         steps.decoder = before
-    for name, (low, high) in watched.ranges.items():
-        if not np.isfinite([low, high]).all():
-            raise ParityError(f"cannot quantise the decoder: {name} is not finite on these images")
-    return watched.ranges
+    return watched.ranges.found()
 
 
 class _Watched:
     """A session that has more outputs, of which it keeps the ranges."""
 
     def __init__(self, inner: onnxruntime.InferenceSession, names: list[str]) -> None:
-        self._inner = inner
-        self.ranges: Ranges = dict.fromkeys(names, (0.0, 0.0))
+        self._inner, self._names = inner, names
+        self.ranges = Ranges()
 
     def run(self, outputs: list[str], feeds: dict[str, NDArray[np.generic]]) -> list[object]:
-        found = self._inner.run([*outputs, *self.ranges], feeds)
-        seen = found[len(outputs) :]
-        for (name, (low, high)), values in zip(self.ranges.items(), seen, strict=True):
-            self.ranges[name] = (
-                float(np.minimum(low, values.min())),
-                float(np.maximum(high, values.max())),
-            )
+        found = self._inner.run([*outputs, *self._names], feeds)
+        self.ranges.add(dict(zip(self._names, found[len(outputs) :], strict=True)))
         return list(found[: len(outputs)])
 
 
-def _rewrite(model: onnx.ModelProto, weights: Weights, ranges: Ranges) -> bytes:
+def _rewrite(model: onnx.ModelProto, weights: Weights, ranges: dict[str, Range]) -> bytes:
     graph = model.graph
     nodes: list[onnx.NodeProto] = []
-    for name, (low, high) in ranges.items():
-        scale = np.float32((high - low) / _STEPS or 1.0)
+    for name, found in ranges.items():
+        scale, zero = found.steps
         _store(graph, f"{name}.scale", scale)
-        _store(graph, f"{name}.zero", np.uint8(np.rint(-low / scale)))
+        _store(graph, f"{name}.zero", zero)
     quantised: set[str] = set()
     dense = {node.output[0] for node in _dense(model, weights)}
     for node in graph.node:
@@ -146,7 +136,7 @@ def _integer(
     """Returns a dense layer's integer twin, whose weights it adds to the graph."""
     if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
         matrix = matrix.T
-    scale = np.abs(matrix).max(0) / np.float32(_WEIGHT_STEPS)
+    scale = np.abs(matrix).max(0) / np.float32(WEIGHT_LEVELS)
     steps = np.rint(np.divide(matrix, scale, out=np.zeros_like(matrix), where=scale > 0))
     source, name = node.input[0], node.output[0]
     _store(graph, f"{name}.weight", steps.astype(np.int8))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, JsonValue
 
 from exports.bundle import write_bundle
 from exports.images import ImageSpec, preprocess
@@ -39,8 +39,8 @@ from trainer.intervals import Interval
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import compare
 from trainer.photos import load_all, load_pixels
-from trainer.quantise import quantise_encoder
-from trainer.quantise_decoder import quantise_decoder
+from trainer.quantise_decoder import WEIGHT_LEVELS, quantise_decoder
+from trainer.quantise_encoder import quantise_encoder
 from trainer.run import Run
 from trainer.stages._card import Card, model_card, provenance
 from trainer.stages.evaluate import Model, as_json, differences_of, score_all
@@ -139,7 +139,11 @@ def run(config: Config, out_dir: Path) -> None:
         "MODEL_CARD.md": card.encode(),
         **pictures,
     }
-    metrics = {"data": config.data.name, "images": len(examples), "figures": as_json(figures)}
+    metrics: dict[str, JsonValue] = {
+        "data": config.data.name,
+        "images": len(examples),
+        "figures": as_json(figures),
+    }
     if difference is not None:
         metrics["int8 - float32"] = as_json(difference)
     manifest = Manifest(
@@ -188,7 +192,7 @@ def _quantised(config: Int8, graphs: Graphs, steps: OnnxSteps, source: Run) -> G
     print(f"quantising by the activations on {len(pixels)} images ...")
     decoder = quantise_decoder(graphs.decoder, steps, pixels, source.recipe.generation)
     batches = (pixels[start : start + 8] for start in range(0, len(pixels), 8))
-    encoder = quantise_encoder(graphs.encoder, batches)
+    encoder = quantise_encoder(graphs.encoder, batches, levels=WEIGHT_LEVELS)
     return graphs._replace(encoder=encoder, decoder=decoder)
 
 
