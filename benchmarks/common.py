@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -55,6 +56,8 @@ def main(
     *expected: type[Exception],
 ) -> int:
     """Runs a benchmark; returns 1 after an error on stderr that is ours or expected."""
+    # Servers have sessions of their own: whoever ends the benchmark ends them through it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with ExitStack() as stack:
             if arguments.tiny:

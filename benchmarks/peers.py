@@ -23,6 +23,7 @@ def choices(
             "PEER_RUN": str(run.resolve()),
             "PEER_BUNDLE": str(bundle.resolve()),
             "PEER_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(threads),  # also of threads that PyTorch was not told of
             "PEER_BATCH": str(batch),
             "PEER_WINDOW_S": str(WINDOW_S),
             **more,

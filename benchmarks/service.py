@@ -191,7 +191,7 @@ def _fastest(
     for words, command in choices(peer, python, arguments.run, arguments.bundle, arguments.threads):
         with running(command) as server:
             requests = [upload(server.port, PATHS[peer], jpeg) for jpeg in jpegs]
-            load = _warm(server.port, requests, CLIENTS[-1], TRIAL)
+            load = _warm(server.port, requests, CLIENTS[-1], min(TRIAL, 3 * len(jpegs)))
         print(f"{peer}, {words}: {load.rate:.1f} captions/s", file=sys.stderr)
         tried.append((load.rate, words, command))
     _, words, command = max(tried, key=lambda entry: entry[0])
