@@ -38,7 +38,7 @@ def test_verify_takes_a_bundle_or_all_of_a_model(
     capsys.readouterr()
 
     assert main(["verify", str(source)]) == 0
-    assert capsys.readouterr().out.startswith("ok  tiny@0  5 files, 0.0 MB  manifest sha256 ")
+    assert capsys.readouterr().out.startswith("ok  tiny@0  6 files, 0.0 MB  manifest sha256 ")
     assert main(["verify", str(root / "tiny")]) == 0
     assert [line[:10] for line in capsys.readouterr().out.splitlines()] == [
         "ok  tiny@1",

@@ -259,7 +259,7 @@ def test_a_bundle_tells_where_it_came_from_and_no_path(exported: tuple[Path, Pat
         assert b"site-packages" not in body, name
     card = bundle.read("MODEL_CARD.md").decode()
     assert "| CIDEr-D |" in card and "$" not in card
-    assert f"of {len(PHOTOS)} captions as they\nwere" in card
+    assert f"of {len(PHOTOS)} captions as they were" in card
 
 
 def test_a_figure_without_a_value_is_null(exported: tuple[Path, Path], tmp_path: Path) -> None:
