@@ -25,7 +25,7 @@ depends on its own slot alone, never on who else is in the batch.
 """
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan
 from typing import Protocol
@@ -43,6 +43,7 @@ _NODES = 16  # the tree's room grows by so many nodes
 # A candidate is one integer, so that sorting sorts by score, then token, then beam.
 _BEAM_BITS, _TOKEN_BITS = 11, 21
 MAX_BEAMS, MAX_VOCABULARY = 1 << _BEAM_BITS, 1 << _TOKEN_BITS
+_COLUMNS = np.arange(2 * MAX_BEAMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,20 +174,19 @@ class Beams:
         self._params: list[BeamParams | None] = [None] * slots
         self._finished: list[list[Hypothesis]] = [[] for _ in range(slots)]
 
-        def whole() -> Ints:
-            return np.zeros(slots, dtype=np.int64)
+        def whole(columns: int = 0) -> Ints:
+            return np.zeros((slots, columns) if columns else slots, dtype=np.int64)
 
-        self._beams, self._ngram, self._prefix = whole(), whole(), whole()
-        # In tokens after bos: where eos may first come, where all must end, where the image is.
-        self._first_end, self._last_end, self._length = whole(), whole(), whole()
+        self._length = whole()  # tokens after bos, so far
         self._norm = np.ones((slots, model.max_length), dtype=np.float32)
         self._worst = np.full(slots, _DEAD)  # the K-th best hypothesis, once there are K
-        self._count = whole()  # live beams; they stand in the first columns
+        # Live beams, in the first columns: how many, their sums and their newest tokens.
+        self._count = whole()
         self._sums = np.full((slots, 2), _DEAD)
-        self._history = np.zeros((slots, 2, model.max_length), dtype=np.int64)  # bos first
+        self._newest = whole(2)
         self._visible = np.full((slots, 2, _NODES), _DEAD)
-        self._node_position = np.zeros((slots, _NODES), dtype=np.int64)
-        self._everyone = _Group(self, np.zeros(0, dtype=np.int64))
+        self._node_position, self._node_token = whole(_NODES), whole(_NODES)
+        self._regroup()
 
     @property
     def images(self) -> int:
@@ -212,8 +212,7 @@ class Beams:
                 token.
         """
         model, start = self._model, len(params.prefix_ids)
-        last_end = min(start + params.max_new_tokens, model.max_length - 1)
-        if last_end <= start:
+        if start + 1 >= model.max_length:
             raise ValueError(f"a prefix fills all {model.max_length} positions")
         if params.num_beams > MAX_BEAMS:
             raise ValueError(f"{params.num_beams} beams exceed {MAX_BEAMS}")
@@ -222,18 +221,14 @@ class Beams:
         slot = self._params.index(None)
         self._params[slot] = params
         self._finished[slot] = []
-        self._beams[slot], self._ngram[slot] = params.num_beams, params.no_repeat_ngram_size
-        self._prefix[slot], self._last_end[slot] = start, last_end
-        self._first_end[slot] = start + params.min_new_tokens + 1
         generated = np.maximum(np.arange(model.max_length) - start, 1).astype(np.float64)
         self._norm[slot] = generated**params.length_penalty
         self._worst[slot] = _DEAD
         self._length[slot], self._count[slot] = 0, 1
         if params.num_beams > self._sums.shape[1]:
             self._widen(params.num_beams - self._sums.shape[1])
-        self._sums[slot] = _DEAD
         self._sums[slot, 0] = 0
-        self._history[slot, 0, 0] = model.bos_id
+        self._newest[slot, 0] = model.bos_id
         self._visible[slot] = _DEAD
         self._regroup()
         return slot
@@ -248,7 +243,7 @@ class Beams:
 
         If the model raises, nothing has changed and the same step can be tried again.
         """
-        group = self._everyone if only is None else _Group(self, np.array(sorted(only)))
+        group = self._everyone if only is None else self._group(np.array(sorted(only)))
         scores, tokens, lost = self._candidates(group)
         lengths = self._length[group.slots] = self._length[group.slots] + 1
         scores, tokens, beams = _best(scores, tokens, 2 * group.widest)
@@ -265,41 +260,47 @@ class Beams:
         over = (self._worst[group.slots] >= best / norm) | last
         return self._leave(group, over, lost) if over.any() else []
 
+    def _group(self, slots: Ints) -> "_Group":
+        params = [one for one in map(self._params.__getitem__, slots.tolist()) if one is not None]
+        return _Group(slots, params, self._model.max_length)
+
     def _regroup(self) -> None:
         slots = [slot for slot, params in enumerate(self._params) if params is not None]
-        self._everyone = _Group(self, np.array(slots, dtype=np.int64))
+        self._everyone = self._group(np.array(slots, dtype=np.int64))
 
     def _widen(self, columns: int) -> None:
         more = ((0, 0), (0, columns))
         self._sums = np.pad(self._sums, more, constant_values=_DEAD)
-        self._history = np.pad(self._history, (*more, (0, 0)))
+        self._newest = np.pad(self._newest, more)
         self._visible = np.pad(self._visible, (*more, (0, 0)), constant_values=_DEAD)
 
     def _candidates(self, group: "_Group") -> tuple[Floats, Ints, Ints | None]:
         """Runs the model; returns scores and tokens, both (A, W, M), and who got NaN, places."""
-        bans = self._repeats(group) if group.any_ngram else None
+        lengths = self._length[group.slots]
+        layout = self._layout(group)
         # A banned eos takes no place of these: without it the best K are enough.
-        top_k = 2 * group.widest + (bans.shape[2] if bans is not None else 0)
-        place, column, log_probs, ids = self._step(group, min(top_k, self._model.vocab_size))
-        count, width = group.slots.size, int(column.max()) + 1
-        if place.size == count * width:
-            shape = (count, width, -1)
-            scores = log_probs.reshape(shape) + self._sums[group.slots, :width, None]
+        top_k = 2 * group.widest + (int(lengths.max()) + 2 if group.any_ngram else 0)
+        log_probs, ids = self._step(layout, min(top_k, self._model.vocab_size))
+        bans = self._repeats(group, layout.width, lengths) if group.any_ngram else None
+        if layout.is_full:
+            shape = (group.slots.size, layout.width, -1)
+            scores = log_probs.reshape(shape) + self._sums[group.slots, : layout.width, None]
             tokens = ids.reshape(shape)
         else:
-            scores = np.full((count, width, ids.shape[1]), _DEAD)
+            scores = np.full((group.slots.size, layout.width, ids.shape[1]), _DEAD)
             tokens = np.zeros(scores.shape, dtype=np.int64)
-            scores[place, column] = log_probs + self._sums[group.slots[place], column, None]
+            place, column = layout.place, layout.column
+            scores[place, column] = log_probs + self._sums[layout.slot, column, None]
             tokens[place, column] = ids
         lost = None
         if isnan(scores.sum()):  # one look at all; -inf alone never sums up to NaN
             lost = np.flatnonzero(np.isnan(scores).any(axis=(1, 2)))
-        lengths = self._length[group.slots]
-        if (lengths + 1 < group.first_end).any():
+        if group.steps_to_first_end > 0:
+            group.steps_to_first_end -= 1
             too_early = (lengths + 1 < group.first_end)[:, None, None]
             scores[too_early & (tokens == self._model.eos_id)] = _DEAD
         if bans is not None:
-            scores[(tokens[:, :, :, None] == bans[:, :width, None, :]).any(axis=3)] = _DEAD
+            scores[(tokens[:, :, :, None] == bans[:, :, None, :]).any(axis=3)] = _DEAD
         if group.any_prefix and (lengths < group.prefix).any():
             tokens = tokens.copy()
             self._force_prefix(group, lengths, scores, tokens)
@@ -307,67 +308,72 @@ class Beams:
             scores[lost] = _DEAD
         return scores, tokens, lost
 
-    def _step(self, group: "_Group", top_k: int) -> tuple[Ints, Ints, Floats, Ints]:
-        """Gives each row a node and runs the model; returns places and columns of the rows too."""
-        slots = group.slots
-        counts = self._count[slots]
-        width = max(2, int(counts.max()))  # alone, a row would be multiplied by another kernel
-        used = (self._visible[slots, :width] == 0).any(axis=1)  # (A, N)
-        most = int((used.sum(axis=1) + counts).max())
-        if most > used.shape[1]:
-            self._add_nodes(most - used.shape[1])
-            return self._step(group, top_k)
-        free = used.argsort(axis=1, kind="stable")
-        place, column = np.nonzero(np.arange(width) < counts[:, None])
-        slot, node = slots[place], free[place, column]
-        length = self._length[slot]
+    def _layout(self, group: "_Group") -> "_Layout":
+        counts: list[int] = self._count[group.slots].tolist()
+        if group.layout is None or group.layout.counts != counts:
+            group.layout = _Layout(group.slots, counts)
+        return group.layout
+
+    def _step(self, layout: "_Layout", top_k: int) -> tuple[Floats, Ints]:
+        """Gives each row a node and runs the model."""
+        slot, column = layout.slot, layout.column
+        used = (self._visible[layout.slots, : layout.width] == 0).any(axis=1)  # (A, N)
+        free = used.argsort(axis=1, kind="stable")[:, : layout.width]
+        node = free[layout.place, column] if free.shape[1] == layout.width else None
+        if node is None or used[layout.place, node].any():
+            self._add_nodes(int((used.sum(axis=1) + layout.counts).max()) - used.shape[1])
+            return self._step(layout, top_k)
+        length, newest = self._length[slot], self._newest[slot, column]
         self._visible[slot, column, node] = 0
         self._node_position[slot, node] = length
-        until = int(slots[-1]) + 1
+        self._node_token[slot, node] = newest
         rows = Rows(
-            token_ids=self._history[slot, column, length],
+            token_ids=newest,
             position=length,
             slot=slot,
             column=column,
             node=node,
-            visible=self._visible[:until, :width],
-            node_position=self._node_position[:until],
+            visible=self._visible[: layout.until, : layout.width],
+            node_position=self._node_position[: layout.until],
         )
         try:
-            log_probs, ids = self._model.step(rows, top_k)
+            return self._model.step(rows, top_k)
         except Exception:
             self._visible[slot, column, node] = _DEAD
             raise
-        return place, column, log_probs, ids
 
     def _add_nodes(self, least: int) -> None:
-        more = -(-least // _NODES) * _NODES
-        self._visible = np.pad(self._visible, ((0, 0), (0, 0), (0, more)), constant_values=_DEAD)
-        self._node_position = np.pad(self._node_position, ((0, 0), (0, more)))
+        more = ((0, 0), (0, -(-least // _NODES) * _NODES))
+        self._visible = np.pad(self._visible, (more[0], *more), constant_values=_DEAD)
+        self._node_position = np.pad(self._node_position, more)
+        self._node_token = np.pad(self._node_token, more)
 
-    def _repeats(self, group: "_Group") -> Ints:
+    def _history(self, slot: int, column: int) -> list[int]:
+        """Returns the tokens of a beam that the model was fed, bos first."""
+        nodes = np.flatnonzero(self._visible[slot, column] == 0)
+        nodes = nodes[self._node_position[slot, nodes].argsort()]
+        found: list[int] = self._node_token[slot, nodes].tolist()
+        return found
+
+    def _repeats(self, group: "_Group", width: int, lengths: Ints) -> Ints:
         """Returns the tokens that would repeat an n-gram, (A, W, most), filled up with -1."""
-        lengths, width = self._length[group.slots], int(self._count[group.slots].max())
-        bans = np.full((group.slots.size, width, int(lengths.max()) + 1), -1, dtype=np.int64)
-        for place in np.flatnonzero(group.ngram):
-            size, length = int(group.ngram[place]), int(lengths[place])
-            if size > length + 1:
-                continue
-            history = self._history[group.slots[place], :width, : length + 1]
-            grams = np.lib.stride_tricks.sliding_window_view(history, size, axis=1)
-            begun = history[:, None, length + 2 - size :]  # the last size - 1 tokens
-            repeats = (grams[..., :-1] == begun).all(axis=2)
-            bans[place, :, : grams.shape[1]] = np.where(repeats, grams[..., -1], -1)
+        bans = np.full((group.slots.size, width, int(lengths.max()) + 2), -1, dtype=np.int64)
+        for place in np.flatnonzero(group.ngram).tolist():
+            size, slot = int(group.ngram[place]), int(group.slots[place])
+            for column in range(int(self._count[slot])):
+                history = self._history(slot, column)
+                begun = history[len(history) + 1 - size :] if size > 1 else []
+                for start in range(len(history) + 1 - size):
+                    if history[start : start + size - 1] == begun:
+                        bans[place, column, start] = history[start + size - 1]
         return bans
 
     def _force_prefix(self, group: "_Group", lengths: Ints, scores: Floats, tokens: Ints) -> None:
         """Leaves one candidate to images in their prefix; scores and tokens are (A, W, M)."""
         for place in np.flatnonzero(lengths < group.prefix):
-            params = self._params[group.slots[place]]
-            assert params is not None
             scores[place] = _DEAD
             scores[place, 0, 0] = 0.0
-            tokens[place, 0, 0] = params.prefix_ids[lengths[place]]
+            tokens[place, 0, 0] = group.params[place].prefix_ids[lengths[place]]
 
     def _finish(
         self,
@@ -381,48 +387,45 @@ class Beams:
         """Turns candidates (A, C) into hypotheses and keeps the K best of each image."""
         final = scores / norm[:, None]
         for place, rank in np.argwhere(finishing).tolist():
-            slot = int(group.slots[place])
+            slot, params = int(group.slots[place]), group.params[place]
             score = float(final[place, rank])
             if score <= self._worst[slot]:
                 continue
-            length, width = int(self._length[slot]), int(self._beams[slot])
-            past = self._history[slot, beams[place, rank], 1:length].tolist()
+            _, *past = self._history(slot, int(beams[place, rank]))
             hypothesis = Hypothesis(
                 token_ids=(*past, int(tokens[place, rank])),
                 score=score,
                 log_prob=float(scores[place, rank]),
-                tokens=length - int(self._prefix[slot]),
+                tokens=int(self._length[slot]) - len(params.prefix_ids),
             )
             kept = self._finished[slot]
             insort(kept, hypothesis, key=lambda other: -other.score)  # after its equals
-            if len(kept) >= width:
-                del kept[width:]
+            if len(kept) >= params.num_beams:
+                del kept[params.num_beams :]
                 self._worst[slot] = kept[-1].score
 
     def _next_beams(
         self, group: "_Group", going_on: Bools, scores: Floats, tokens: Ints, beams: Ints
     ) -> Floats:
         """Makes the best K candidates (A, C) that go on the next beams; returns the best's sum."""
-        slots = group.slots[:, None]
-        kept = going_on & (going_on.cumsum(axis=1) <= group.beams[:, None])
-        counts = self._count[group.slots] = kept.sum(axis=1)
-        before, width = int(self._sums.shape[1]), max(int(counts.max()), 1)
-        # Stable, so the kept ones come first, in their order; dead columns repeat other candidates.
-        picked = (~kept).argsort(axis=1, kind="stable")[:, :width]
-        picked += np.arange(0, kept.size, kept.shape[1])[:, None]
-        columns = np.arange(width)
+        counts = np.minimum(going_on.sum(axis=1), group.beams)
+        self._count[group.slots] = counts
+        width = max(int(counts.max()), 1)
+        # Stable, so those come first that go on, in their order; in dead columns are others.
+        picked = (~going_on).argsort(axis=1, kind="stable")[:, :width]
+        picked += group.offsets(going_on.shape[1])
+        slots, columns = group.slots[:, None], _COLUMNS[:width]
+        sums = scores.take(picked)
+        visible = self._visible[slots, beams.take(picked)]
         alive = columns < counts[:, None]
-        sums = np.where(alive, scores.take(picked), _DEAD)
-        parents = beams.take(picked)
-        visible = self._visible[slots, parents]
         if not alive.all():
+            sums[~alive] = _DEAD
             visible[~alive] = _DEAD
-        self._visible[slots, columns] = visible
         self._sums[slots, columns] = sums
-        if width < before:
+        self._visible[slots, columns] = visible
+        if width < self._visible.shape[1]:
             self._visible[group.slots, width:] = _DEAD
-        self._history[slots, columns] = self._history[slots, parents]
-        self._history[slots, columns, self._length[slots]] = tokens.take(picked)
+        self._newest[slots, columns] = tokens.take(picked)
         best: Floats = sums[:, 0]
         return best
 
@@ -431,9 +434,7 @@ class Beams:
         nan = frozenset() if lost is None else frozenset(lost.tolist())
         gone = []
         for place in np.flatnonzero(over).tolist():
-            slot = int(group.slots[place])
-            params = self._params[slot]
-            assert params is not None
+            slot, params = int(group.slots[place]), group.params[place]
             if place in nan:
                 self._model.clear(slot)
                 gone.append(Done(slot, [], is_nan=True))
@@ -447,14 +448,43 @@ class Beams:
 class _Group:
     """Images that step together, and what every step asks of them that changes only with them."""
 
-    def __init__(self, whole: Beams, slots: Ints) -> None:
-        self.slots = slots  # (A,), ascending
-        self.beams = whole._beams[slots]
-        self.ngram, self.prefix = whole._ngram[slots], whole._prefix[slots]
-        self.first_end, self.last_end = whole._first_end[slots], whole._last_end[slots]
+    def __init__(self, slots: Ints, params: list[BeamParams], max_length: int) -> None:
+        self.slots, self.params = slots, params  # (A,), ascending
+
+        def each(value: Callable[[BeamParams], int]) -> Ints:
+            return np.array([value(one) for one in params], dtype=np.int64)
+
+        self.beams, self.ngram = each(lambda p: p.num_beams), each(lambda p: p.no_repeat_ngram_size)
+        self.prefix = each(lambda p: len(p.prefix_ids))
+        # In tokens after bos: where eos may first come, where all must end.
+        self.first_end = self.prefix + each(lambda p: p.min_new_tokens) + 1
+        last_end = self.prefix + each(lambda p: p.max_new_tokens)
+        self.last_end = np.minimum(last_end, max_length - 1)
         self.any_ngram, self.any_prefix = bool(self.ngram.any()), bool(self.prefix.any())
         self.widest = int(self.beams.max(initial=0))
-        self.is_top = np.arange(2 * self.widest) < self.beams[:, None]  # (A, 2 * widest)
+        self.is_top = _COLUMNS[: 2 * self.widest] < self.beams[:, None]  # (A, 2 * widest)
+        self.steps_to_first_end = int(self.first_end.max(initial=0))  # at most
+        self.layout: _Layout | None = None
+        self._offsets: dict[int, Ints] = {}
+
+    def offsets(self, columns: int) -> Ints:
+        """Returns where each image's part of a flattened (A, columns) begins, (A, 1)."""
+        if columns not in self._offsets:
+            self._offsets[columns] = np.arange(0, self.slots.size * columns, columns)[:, None]
+        return self._offsets[columns]
+
+
+class _Layout:
+    """How the live beams of a group are rows; the same, and the same object, for many steps."""
+
+    def __init__(self, slots: Ints, counts: list[int]) -> None:
+        self.slots, self.counts = slots, counts
+        self.width = max(2, *counts)  # alone, a row would be multiplied by another kernel
+        self.until = int(slots[-1]) + 1
+        live = _COLUMNS[: self.width] < np.array(counts)[:, None]
+        self.place, self.column = np.nonzero(live)  # (R,) each
+        self.slot = slots[self.place]
+        self.is_full = bool(live.all())
 
 
 def _best(scores: Floats, tokens: Ints, most: int) -> tuple[Floats, Ints, Ints]:
@@ -467,7 +497,7 @@ def _best(scores: Floats, tokens: Ints, most: int) -> tuple[Floats, Ints, Ints]:
     keys <<= _TOKEN_BITS
     keys |= tokens
     keys <<= _BEAM_BITS
-    keys |= np.arange(width)[:, None]
+    keys |= _COLUMNS[:width, None]
     keys = np.sort(keys.reshape(count, -1), axis=1)[:, :most]
     beams = keys & (MAX_BEAMS - 1)
     keys >>= _BEAM_BITS

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ class Captioner:
         Raises:
             ParameterError: An entry of `params` is out of range.
         """
-        for entry in params:
+        for entry in set(params):
             self.check(entry)
         found: dict[int, Result] = {}
         images = list(zip(pixels, params, strict=True))
@@ -271,9 +271,15 @@ class Captioner:
             f"{-MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}",
         )
         _require(params.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "0 or more")
-        values = asdict(params)
-        del values["prefix"]
-        return BeamParams(**values, prefix_ids=prefix_ids)
+        return BeamParams(
+            num_beams=params.num_beams,
+            num_captions=params.num_captions,
+            max_new_tokens=params.max_new_tokens,
+            min_new_tokens=params.min_new_tokens,
+            length_penalty=params.length_penalty,
+            no_repeat_ngram_size=params.no_repeat_ngram_size,
+            prefix_ids=prefix_ids,
+        )
 
     def _prove(self, bundle: Bundle) -> None:
         """Captions the golden images, which also warms up; raises BundleRejected."""

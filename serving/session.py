@@ -5,8 +5,11 @@ values of all beams lie in arenas, one place for each slot, which the graphs cha
 crosses over at each step are a few numbers for each row.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from time import perf_counter
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -25,6 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 _FED = ("token_ids", "position", "write", "row_cell", "cell_row", "visible", "top_k")
 _FED_IF_ASKED = "node_position"
 _ANSWERED = ("log_probs", "ids")
+_SHAPES = 64  # of steps, whose bindings are kept
 _CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",  # a search at every new batch size takes seconds
     "use_tf32": "0",  # ten bits of mantissa would change captions
@@ -94,6 +98,9 @@ class OnnxSession:
         """
         self.manifest = manifest
         self.device = _device(provider)
+        # On a CPU one run at a time: the threads of two would wait for each other's cores. What is
+        # outside of runs overlaps with them.
+        self._turn = Lock() if self.device == "cpu" else nullcontext()
         self._encoder = _load(graphs.encoder, threads, self.device)
         self._decoder = _load(graphs.decoder, threads, self.device)
         self._join = _load(graphs.join, 1, self.device)
@@ -119,16 +126,20 @@ class OnnxSession:
         binding.bind_cpu_input(self.manifest.encoder.input, np.ascontiguousarray(pixels))
         for name in self.manifest.decoder.memory:
             binding.bind_output(name, self.device)
-        started = perf_counter()
-        self._encoder.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        with self._turn:
+            started = perf_counter()
+            self._encoder.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+            seconds = perf_counter() - started
         if observer is not None:
-            observer.observe_encode(perf_counter() - started)
+            observer.observe_encode(seconds)
         return Memory(len(pixels), tuple(binding.get_outputs()))
 
     def decoding(self, slots: int) -> "Decoding":
         """Returns a decoder with room for images in so many slots."""
-        return Decoding(self._decoder, self._join, self.manifest, self.device, slots)
+        return Decoding(
+            self._decoder, self._join, self.manifest, self.device, turn=self._turn, slots=slots
+        )
 
 
 class Decoding:
@@ -140,6 +151,8 @@ class Decoding:
         join: ort.InferenceSession,
         manifest: Manifest,
         device: str,
+        *,
+        turn: AbstractContextManager[Any],
         slots: int,
     ) -> None:
         """Use `OnnxSession.decoding`."""
@@ -148,10 +161,10 @@ class Decoding:
         self.vocab_size, self.max_length = text.vocab_size, text.max_length
         self.observer: Observer | None = None
         self._session, self._join = session, join
-        self._spec, self._device = spec, device
-        self._binding = session.io_binding()
-        self._shape: tuple[int, ...] = ()
-        self._fed: dict[str, npt.NDArray[Any]] = {}
+        self._spec, self._device, self._turn = spec, device, turn
+        self._bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()  # used last is last
+        self._joining = join.io_binding()
+        self._joined: Memory | None = None  # what `_joining` has bound
         inputs = {tensor.name: tensor for tensor in session.get_inputs()}
         self._wants_positions = _FED_IF_ASKED in inputs
         tokens = inputs[spec.memory[0]].shape[2]
@@ -161,18 +174,22 @@ class Decoding:
         self._cache = {
             name: self._arena(slots, spec.heads, 0, spec.head_dim) for name in spec.cache
         }
+        for name, arena in self._memory.items():
+            self._joining.bind_ortvalue_input(name, arena)
+            self._joining.bind_ortvalue_output(next_name(name), arena)
 
     def place(self, memory: Memory, source: Sequence[int], slots: Sequence[int]) -> None:
         """Copies images of an encoded batch, by their places in it, into slots."""
-        binding = self._join.io_binding()
+        binding = self._joining
         binding.bind_cpu_input("source", np.array(source, dtype=np.int64))
         binding.bind_cpu_input("slot", np.array(slots, dtype=np.int64)[:, None])
-        for (name, arena), value in zip(self._memory.items(), memory.values, strict=True):
-            binding.bind_ortvalue_input(name, arena)
-            binding.bind_ortvalue_input(encoded_name(name), value)
-            binding.bind_ortvalue_output(next_name(name), arena)
+        if memory is not self._joined:
+            for name, value in zip(self._memory, memory.values, strict=True):
+                binding.bind_ortvalue_input(encoded_name(name), value)
         self._join.run_with_iobinding(binding)
-        binding.synchronize_outputs()
+        if self._device != "cpu":
+            binding.synchronize_outputs()
+        self._joined = memory
 
     def step(self, rows: Rows, top_k: int) -> tuple[Floats, Ints]:
         """Feeds one token to each row; see `StepModel`. The next step overwrites the answer."""
@@ -180,16 +197,18 @@ class Decoding:
         slots, width, nodes = rows.visible.shape
         # Two at least: a product with one row takes another kernel, which rounds otherwise.
         shape = (max(count, 2), slots, width, nodes, top_k)
-        if shape != self._shape:
-            self._bind(shape)
-        self._feed(rows)
-        started = perf_counter()
-        self._session.run_with_iobinding(self._binding)
-        if self._device != "cpu":
-            self._binding.synchronize_outputs()
+        bound = self._bound.get(shape) or self._bind(shape)
+        self._bound.move_to_end(shape)
+        bound.feed(rows)
+        with self._turn:
+            started = perf_counter()
+            self._session.run_with_iobinding(bound.binding)
+            if self._device != "cpu":
+                bound.binding.synchronize_outputs()
+            seconds = perf_counter() - started
         if self.observer is not None:
-            self.observer.observe_step(perf_counter() - started)
-        return self._log_probs[:count], self._ids[:count]
+            self.observer.observe_step(seconds)
+        return bound.log_probs[:count], bound.ids[:count]
 
     def clear(self, slot: int) -> None:
         """See `StepModel`. Rare, so the arenas go to the host and back."""
@@ -210,14 +229,13 @@ class Decoding:
             new[:, :, : old.shape[2]] = old
             self._cache[name] = ort.OrtValue.ortvalue_from_numpy(new, self._device)
 
-    def _bind(self, shape: tuple[int, ...]) -> None:
-        """Binds arenas and buffers for steps of one shape; until it changes, nothing is rebound."""
+    def _bind(self, shape: tuple[int, ...]) -> "_Bound":
+        """Binds arenas and buffers for steps of one shape, and keeps that for the next time."""
         count, slots, width, nodes, top_k = shape
         if nodes != next(iter(self._cache.values())).shape()[2]:
+            self._bound.clear()
             self._grow(nodes)
-        binding = self._binding
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
+        binding = self._session.io_binding()
         for name, arena in (*self._memory.items(), *self._cache.items()):
             # The first slots of the arena, which are as good as an arena of so many.
             place = (self._device, 0, np.float32, (slots, *arena.shape()[1:]), arena.data_ptr())
@@ -237,33 +255,55 @@ class Decoding:
         fed["write"][:, :, 1] = np.arange(self._spec.heads)
         if self._wants_positions:
             fed[_FED_IF_ASKED] = np.zeros((slots, nodes), whole)
-        self._fed = fed
+        bound = self._bound[shape] = _Bound(binding, fed, top_k, on_cpu=self._device == "cpu")
+        if len(self._bound) > _SHAPES:
+            self._bound.popitem(last=False)
+        return bound
+
+
+class _Bound:
+    """Everything bound for steps of one shape."""
+
+    def __init__(
+        self,
+        binding: ort.IOBinding,
+        fed: dict[str, npt.NDArray[Any]],
+        top_k: int,
+        *,
+        on_cpu: bool,
+    ) -> None:
+        self.binding = binding
+        self._fed, self._on_cpu = fed, on_cpu
+        self._slot: Ints | None = None  # of the rows that were fed last
+        count = len(fed["token_ids"])
+        self.log_probs = np.zeros((count, top_k), np.float32)
+        self.ids = np.zeros((count, top_k), np.int64)
         for name, array in fed.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        self._log_probs = np.zeros((count, top_k), np.float32)
-        self._ids = np.zeros((count, top_k), whole)
-        for name, answer in zip(_ANSWERED, (self._log_probs, self._ids), strict=True):
+        for name, answer in zip(_ANSWERED, (self.log_probs, self.ids), strict=True):
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(answer))
-        self._shape = shape
 
-    def _feed(self, rows: Rows) -> None:
+    def feed(self, rows: Rows) -> None:
+        """Writes rows to the bound arrays."""
         fed, count = self._fed, len(rows.slot)
+        if rows.slot is not self._slot:  # else these stand as before
+            self._slot = rows.slot
+            fed["write"][:count, :, 0] = rows.slot[:, None]
+            fed["row_cell"][:count, 0] = rows.slot
+            fed["row_cell"][:count, 1] = rows.column
+            fed["cell_row"][rows.slot, rows.column] = np.arange(count)
         fed["token_ids"][:count] = rows.token_ids
         fed["position"][:count] = rows.position
-        fed["write"][:count, :, 0] = rows.slot[:, None]
         fed["write"][:count, :, 2] = rows.node[:, None]
-        fed["row_cell"][:count, 0] = rows.slot
-        fed["row_cell"][:count, 1] = rows.column
-        fed["cell_row"][rows.slot, rows.column] = np.arange(count)
         fed["visible"][:, 0] = rows.visible
-        if self._wants_positions:
+        if _FED_IF_ASKED in fed:
             fed[_FED_IF_ASKED][:] = rows.node_position
         if count == 1:  # a twin, which writes the same to the same place
             for name in ("token_ids", "position", "write", "row_cell"):
                 fed[name][1] = fed[name][0]
-        if self._device != "cpu":  # a bound array was copied to the device when it was bound
+        if not self._on_cpu:  # a bound array was copied to the device when it was bound
             for name, array in fed.items():
-                self._binding.bind_cpu_input(name, array)
+                self.binding.bind_cpu_input(name, array)
 
 
 def _device(provider: Provider) -> str:
