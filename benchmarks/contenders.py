@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from exports.bundle import Bundle
 from exports.manifest import Generation
+from serving.beam import Floats, Ints, Rows
 from serving.captioner import Caption, Params
 from serving.captioner import Captioner as Served
 from serving.engine import Engine
@@ -50,6 +51,9 @@ class Meter:
         """A batch begins."""
         self.batches.append(images)
 
+    def observe_rows(self, rows: int) -> None:
+        """Is of no interest here."""
+
     def observe_queue_wait(self, seconds: float) -> None:
         """Is of no interest here."""
 
@@ -77,7 +81,7 @@ class Side:
     found: list[Ids] = field(default_factory=list)
 
 
-def direct(served: Served) -> Side:
+def direct(served: Served, name: str) -> Side:
     """Returns the engine's compute path: batch after batch, on the calling thread."""
     meter, params = Meter(), Params.of(served.manifest.defaults)
 
@@ -88,13 +92,69 @@ def direct(served: Served) -> Side:
             found += [_best(captions) for captions in results]
         return found
 
-    return Side("this engine", caption, meter)
+    return Side(name, caption, meter)
+
+
+def bare(served: Served) -> Side:
+    """Returns the graphs with no bookkeeping: runs that a search has made are made again.
+
+    The first time that pixels come, they are captioned and every step's rows are kept; from then on
+    encoder, join and steps run on what was kept, and nobody looks at what they give.
+    """
+    meter, params = Meter(), Params.of(served.manifest.defaults)
+    session, decoding = served._session, served._decoding
+    kept: dict[tuple[int, int], tuple[list[Ids], list[list[tuple[Rows, int]]]]] = {}
+
+    def record(pixels: Pixels, batch: int) -> tuple[list[Ids], list[list[tuple[Rows, int]]]]:
+        plain, steps, found = decoding.step, list[list[tuple[Rows, int]]](), list[Ids]()
+
+        def step(rows: Rows, top_k: int) -> tuple[Floats, Ints]:
+            names = (one.name for one in fields(rows))
+            copies = {name: getattr(rows, name).copy() for name in names}
+            steps[-1].append((Rows(**copies), top_k))
+            return plain(rows, top_k)
+
+        decoding.step = step  # type: ignore[method-assign]
+        for part in _batches(pixels, batch):
+            steps.append([])
+            found += [_best(one) for one in served.caption_batch(part, [params] * len(part))]
+        decoding.step = plain  # type: ignore[method-assign]
+        return found, steps
+
+    def caption(pixels: Pixels, batch: int) -> list[Ids]:
+        key = (pixels.ctypes.data, len(pixels))
+        if key not in kept:
+            kept[key] = record(pixels, batch)
+        found, steps = kept[key]
+        decoding.observer = meter
+        for part, rows_of in zip(_batches(pixels, batch), steps, strict=True):
+            decoding.place(session.encode(part, meter), *[range(len(part))] * 2)
+            for rows, top_k in rows_of:
+                decoding.step(rows, top_k)
+        return found
+
+    return Side("its graphs, no bookkeeping", caption, meter)
+
+
+def greedy(served: Served) -> Side:
+    """Returns the engine's compute path with one beam."""
+    params = replace(Params.of(served.manifest.defaults), num_beams=1, num_captions=1)
+
+    def caption(pixels: Pixels, batch: int) -> list[Ids]:
+        return [
+            _best(captions)
+            for part in _batches(pixels, batch)
+            for captions in served.caption_batch(part, [params] * len(part))
+        ]
+
+    return Side("this engine, greedy", caption)
 
 
 def queued(served: Served, batch: int, runner: asyncio.Runner, stack: ExitStack) -> Side:
     """Returns the whole engine: as many clients as a batch holds, each with one image at a time."""
     meter, params = Meter(), Params.of(served.manifest.defaults)
-    engine = Engine(max_batch_size=batch, max_queue=batch, metrics=meter)
+    rows = batch * params.num_beams
+    engine = Engine(max_rows=rows, max_queue=batch, latency_target_s=60.0, metrics=meter)
     stack.callback(engine.close)
 
     async def client(images: Iterator[tuple[int, Pixels]], found: dict[int, Ids]) -> None:
@@ -107,7 +167,7 @@ def queued(served: Served, batch: int, runner: asyncio.Runner, stack: ExitStack)
         await asyncio.gather(*(client(images, found) for _ in range(count)))
         return [found[place] for place in range(len(pixels))]
 
-    return Side("its queue", lambda pixels, count: runner.run(clients(pixels, count)), meter)
+    return Side("its scheduler", lambda pixels, count: runner.run(clients(pixels, count)), meter)
 
 
 def pytorch(folder: Path, bundle: Path, threads: int) -> Captioner:

@@ -13,11 +13,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 from common import compares, machine, main, parser, photographs, table
-from contenders import Ids, Pixels, Side, direct, generate, pytorch, queued, score
+from contenders import Ids, Pixels, Side, bare, direct, generate, greedy, pytorch, queued, score
 
 from serving.captioner import Captioner as Served
 from trainer.errors import TrainerError
@@ -26,6 +28,8 @@ from trainer.run import Run
 
 BATCHES = (1, 8, 32)
 TURN = 32  # images, or four batches if those are more, before the next side has its turn
+OURS = "this engine"
+SHOWN = 20  # captions that differ
 HEAD = (
     "batch",
     "side",
@@ -41,6 +45,7 @@ HEAD = (
 def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
     captioner = pytorch(arguments.run, arguments.bundle, arguments.threads)
     source, served = Run(arguments.run), Served.load(arguments.bundle, threads=arguments.threads)
+    floats = arguments.float and Served.load(arguments.float, threads=arguments.threads)
     paths = photographs(arguments.images, arguments.count)
     pixels = np.stack([load_pixels(path, served.image_spec) for path in paths])
     generation = served.manifest.defaults
@@ -52,22 +57,25 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
         part = pixels[: len(pixels) - len(pixels) % batch]
         if not len(part):
             continue
-        ours, peer = direct(served), generate(captioner, generation)
-        sides = [ours, queued(served, batch, runner, stack), peer]
+        ours, peer = direct(served, OURS), generate(captioner, generation)
+        sides = [ours, queued(served, batch, runner, stack), bare(served), greedy(served), peer]
+        if floats:
+            sides.append(direct(floats, f"{OURS}, float32"))
         _warm_up(sides, part, batch)
         half = generate(captioner, generation, bf16=True)
         if _seconds(half, part, batch) < _seconds(peer, part, batch):
             sides.append(half)
         _measure(sides, part, batch, arguments.rounds)
         rows += _rows(sides, peer, batch)
-        for place, (our_ids, their_ids) in enumerate(zip(ours.found, peer.found, strict=True)):
+        exact = sides[5] if floats else ours  # integers differ by more than ties
+        for place, (our_ids, their_ids) in enumerate(zip(exact.found, peer.found, strict=True)):
             if our_ids != their_ids:
                 differing.setdefault((place, our_ids, their_ids), []).append(batch)
 
     words = " ".join(f"{name}={value}" for name, value in generation.model_dump().items())
     print(f"\n{served.name}@{served.version}, {len(pixels)} images, {words}\n")
     print(table(HEAD, rows), end="\n\n")
-    for (place, our_ids, their_ids), batches in differing.items():
+    for (place, our_ids, their_ids), batches in islice(differing.items(), SHOWN):
         # Scored by PyTorch, both of them: how near a tie it was.
         texts = [
             f"{source.tokenizer.decode(ids)!r} "
@@ -133,4 +141,6 @@ def _rows(sides: Sequence[Side], peer: Side, batch: int) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(_benchmark, compares(parser(__doc__)).parse_args(), TrainerError))
+    made = compares(parser(__doc__))
+    made.add_argument("--float", type=Path, help="the same run, exported without [int8]")
+    sys.exit(main(_benchmark, made.parse_args(), TrainerError))
