@@ -28,6 +28,8 @@ lint: .venv/.dev-installed
 bench: MEASURED = --bundle $(BUNDLE) $(if $(IMAGES),--images $(IMAGES))
 bench: .venv/.dev-installed
 	$(BIN)/python benchmarks/engine.py --run $(RUN) $(MEASURED)
+	$(BIN)/python benchmarks/ctranslate2_decoder.py --run $(RUN) $(MEASURED)
+	$(BIN)/python benchmarks/skew.py $(MEASURED)
 	$(BIN)/python benchmarks/service.py --run $(RUN) $(MEASURED)
 	$(BIN)/python benchmarks/memory.py $(MEASURED)
 

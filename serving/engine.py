@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -270,12 +270,21 @@ class Engine:
         if self._running:
             self._metrics.observe_rows(self._rows())
         for captioner, places in list(self._running.items()):
-            done = [(places.pop(slot), got) for slot, got in captioner.step(self._metrics)]
+            done = [(places.pop(slot), got) for slot, got in self._step(captioner, places)]
             if done:
                 self._finished(done)
             if not places:
                 del self._running[captioner]
         return True
+
+    def _step(self, captioner: Captioner, slots: Iterable[int]) -> list[tuple[int, Result]]:
+        try:
+            return list(captioner.step(self._metrics))
+        except Exception as error:  # it keeps what goes wrong to itself; but this thread must live
+            logger.exception("a step failed as a whole")
+            for slot in slots:
+                captioner.leave(slot)
+            return [(slot, _told(error)) for slot in slots]
 
     def _admit(self) -> list[_Waiter]:
         """Takes from those ready whom there is room for, in their order; the first is never passed.

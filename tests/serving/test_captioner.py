@@ -148,6 +148,30 @@ def bundle_with(tiny_bundles, tmp_path):
     return write
 
 
+def test_a_step_that_fails_costs_one_image_its_captions(
+    tiny_captioner, pixels, defaults, monkeypatch
+):
+    expected = tiny_captioner.caption_batch(pixels[:3], [defaults] * 3)
+    decoding = tiny_captioner._decoding
+    plain, failures = decoding.step, []
+
+    def step(rows, top_k):
+        if 1 in rows.slot and rows.position[rows.slot == 1][0] == 2:
+            failures.append(len(rows.slot))
+            raise RuntimeError("/secret/node failed")
+        return plain(rows, top_k)
+
+    monkeypatch.setattr(decoding, "step", step)
+    found = tiny_captioner.caption_batch(pixels[:3], [defaults] * 3)
+    assert isinstance(found[1], CaptionFailed)
+    assert found[1].detail == "tiny@1 failed on this image."
+    assert [found[0], found[2]] == [expected[0], expected[2]]
+    assert failures[0] > failures[1]  # all together, then alone; the next steps did without it
+    assert len(failures) == 2
+    monkeypatch.undo()
+    assert tiny_captioner.caption_batch(pixels[:3], [defaults] * 3) == expected
+
+
 def test_what_onnx_runtime_says_stands_in_the_log_alone(
     bundle_with, tiny_bundles, caplog, monkeypatch
 ):

@@ -47,11 +47,12 @@ class GatedCaptioner:
     """Captions an image by its number, in `lengths[number]` steps, one if not there.
 
     Encoding waits at `gate`, each step at `step_gate`, which is open. `poison` cannot be encoded,
-    `bitter` cannot join.
+    `bitter` cannot join, and with `fatal` no step succeeds.
     """
 
-    def __init__(self, *, poison=None, bitter=None, lengths=None, slots=64):
+    def __init__(self, *, poison=None, bitter=None, fatal=None, lengths=None, slots=64):
         self.poison, self.bitter, self.lengths = poison, bitter, lengths or {}
+        self.fatal = fatal
         self.slots = slots
         self.batches = []  # encoded together
         self.steps = []  # the numbers of each step
@@ -89,6 +90,8 @@ class GatedCaptioner:
     def step(self, observer=None):
         self.steps.append(sorted(number for number, *_ in self.searched.values()))
         assert self.step_gate.wait(PATIENCE_S)
+        if self.fatal in self.steps[-1]:
+            raise RuntimeError("secret of the machine")
         done = []
         for slot, entry in list(self.searched.items()):
             entry[1] -= 1
@@ -307,6 +310,27 @@ def test_a_bad_image_harms_only_itself(make_engine, harm):
     assert "secret" not in two.detail
     alone = [[1], [2], [3]] if harm == "poison" else []
     assert captioner.batches == [[0], [1, 2, 3], *alone]
+
+
+def test_a_step_that_fails_as_a_whole_ends_no_thread(make_engine):
+    engine, captioner = make_engine(), GatedCaptioner(fatal=2)
+    captioner.gate.set()
+
+    async def scenario():
+        for number in (1, 2, 3):
+            [outcome] = await asyncio.gather(
+                *submit_all(engine, captioner, [number]), return_exceptions=True
+            )
+            yield outcome
+
+    async def collect():
+        return [outcome async for outcome in scenario()]
+
+    one, two, three = asyncio.run(collect())
+    assert (one[0].text, three[0].text) == ("1", "3")
+    assert isinstance(two, CaptionFailed)
+    assert "secret" not in two.detail
+    assert captioner.searched == {}
 
 
 def test_a_client_that_leaves_frees_its_rows_within_one_step(make_engine):

@@ -16,7 +16,7 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_captioner():
     """Returns a builder of random captioners; the seed decides the weights."""
 
