@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from exports.bundle import Bundle
 from exports.manifest import Generation
-from serving.beam import Floats, Ints, Rows
 from serving.captioner import Caption, Params
 from serving.captioner import Captioner as Served
 from serving.engine import Engine
 from serving.errors import CaptionFailed
+from serving.step_model import Floats, Ints, Rows
 from trainer.captioner import Captioner
 from trainer.compression import round_weights
 from trainer.run import Run

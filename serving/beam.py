@@ -28,75 +28,14 @@ from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
-Bools = npt.NDArray[np.bool_]
+from serving.candidates import COLUMNS, MAX_BEAMS, MAX_VOCABULARY, best_candidates
+from serving.step_model import Bools, Floats, Ints, Rows, StepModel
+from serving.tree import Tree
 
 _DEAD = np.float32(-np.inf)
-_NODES = 16  # the tree's room grows by so many nodes
-
-# A candidate is one integer, so that sorting sorts by score, then token, then beam.
-_BEAM_BITS, _TOKEN_BITS = 11, 21
-MAX_BEAMS, MAX_VOCABULARY = 1 << _BEAM_BITS, 1 << _TOKEN_BITS
-_COLUMNS = np.arange(2 * MAX_BEAMS)
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What one step feeds: R rows, in a grid of S slots by W columns over N nodes a slot.
-
-    Attributes:
-        token_ids: (R,), the newest token of each row.
-        position: (R,), how many tokens stand before it.
-        slot: (R,), whose image the row belongs to; ascending.
-        column: (R,), its place among the rows of its image.
-        node: (R,), where its keys and values go.
-        visible: (S, W, N), 0 for the nodes that a cell sees, its own included, -inf for others.
-        node_position: (S, N), the position of the token of each node.
-    """
-
-    token_ids: Ints
-    position: Ints
-    slot: Ints
-    column: Ints
-    node: Ints
-    visible: Floats
-    node_position: Ints
-
-
-class StepModel(Protocol):
-    """A decoder whose caches hold, for each slot, an image and the nodes written so far."""
-
-    @property
-    def bos_id(self) -> int:
-        """The token that every row begins with."""
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a caption."""
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence, bos and eos included."""
-
-    def step(self, rows: Rows, top_k: int) -> tuple[Floats, Ints]:
-        """Returns the best continuations of each row, log_probs (R, M) and ids (R, M).
-
-        M = min(top_k, V), best first, equals by id. What stands in `rows` is valid during the call
-        alone.
-        """
-
-    def clear(self, slot: int) -> None:
-        """Forgets the numbers of a slot: one of them was NaN, and NaN times zero is NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +123,7 @@ class Beams:
         self._count = whole()
         self._sums = np.full((slots, 2), _DEAD)
         self._newest = whole(2)
-        self._visible = np.full((slots, 2, _NODES), _DEAD)
-        self._node_position, self._node_token = whole(_NODES), whole(_NODES)
+        self._tree = Tree(slots)
         self._regroup()
 
     @property
@@ -225,11 +163,12 @@ class Beams:
         self._norm[slot] = generated**params.length_penalty
         self._worst[slot] = _DEAD
         self._length[slot], self._count[slot] = 0, 1
-        if params.num_beams > self._sums.shape[1]:
-            self._widen(params.num_beams - self._sums.shape[1])
+        self._tree.begin(slot, params.num_beams)
+        if (more := params.num_beams - self._sums.shape[1]) > 0:
+            self._sums = np.pad(self._sums, ((0, 0), (0, more)))
+            self._newest = np.pad(self._newest, ((0, 0), (0, more)))
         self._sums[slot, 0] = 0
         self._newest[slot, 0] = model.bos_id
-        self._visible[slot] = _DEAD
         self._regroup()
         return slot
 
@@ -246,7 +185,7 @@ class Beams:
         group = self._everyone if only is None else self._group(np.array(sorted(only)))
         scores, tokens, lost = self._candidates(group)
         lengths = self._length[group.slots] = self._length[group.slots] + 1
-        scores, tokens, beams = _best(scores, tokens, 2 * group.widest)
+        scores, tokens, beams = best_candidates(scores, tokens, 2 * group.widest)
         live = scores > _DEAD
         ends = tokens == self._model.eos_id
         going_on = live & ~ends  # K at least of 2K: each row has one eos
@@ -267,12 +206,6 @@ class Beams:
     def _regroup(self) -> None:
         slots = [slot for slot, params in enumerate(self._params) if params is not None]
         self._everyone = self._group(np.array(slots, dtype=np.int64))
-
-    def _widen(self, columns: int) -> None:
-        more = ((0, 0), (0, columns))
-        self._sums = np.pad(self._sums, more, constant_values=_DEAD)
-        self._newest = np.pad(self._newest, more)
-        self._visible = np.pad(self._visible, (*more, (0, 0)), constant_values=_DEAD)
 
     def _candidates(self, group: "_Group") -> tuple[Floats, Ints, Ints | None]:
         """Runs the model; returns scores and tokens, both (A, W, M), and who got NaN, places."""
@@ -316,44 +249,23 @@ class Beams:
 
     def _step(self, layout: "_Layout", top_k: int) -> tuple[Floats, Ints]:
         """Gives each row a node and runs the model."""
-        slot, column = layout.slot, layout.column
-        used = (self._visible[layout.slots, : layout.width] == 0).any(axis=1)  # (A, N)
-        free = used.argsort(axis=1, kind="stable")[:, : layout.width]
-        node = free[layout.place, column] if free.shape[1] == layout.width else None
-        if node is None or used[layout.place, node].any():
-            self._add_nodes(int((used.sum(axis=1) + layout.counts).max()) - used.shape[1])
-            return self._step(layout, top_k)
+        tree, slot, column = self._tree, layout.slot, layout.column
         length, newest = self._length[slot], self._newest[slot, column]
-        self._visible[slot, column, node] = 0
-        self._node_position[slot, node] = length
-        self._node_token[slot, node] = newest
+        node = tree.add(layout.slots, layout.place, column, length, newest, layout.width)
         rows = Rows(
             token_ids=newest,
             position=length,
             slot=slot,
             column=column,
             node=node,
-            visible=self._visible[: layout.until, : layout.width],
-            node_position=self._node_position[: layout.until],
+            visible=tree.visible[: layout.until, : layout.width],
+            node_position=tree.position[: layout.until],
         )
         try:
             return self._model.step(rows, top_k)
         except Exception:
-            self._visible[slot, column, node] = _DEAD
+            tree.remove(slot, column, node)
             raise
-
-    def _add_nodes(self, least: int) -> None:
-        more = ((0, 0), (0, -(-least // _NODES) * _NODES))
-        self._visible = np.pad(self._visible, (more[0], *more), constant_values=_DEAD)
-        self._node_position = np.pad(self._node_position, more)
-        self._node_token = np.pad(self._node_token, more)
-
-    def _history(self, slot: int, column: int) -> list[int]:
-        """Returns the tokens of a beam that the model was fed, bos first."""
-        nodes = np.flatnonzero(self._visible[slot, column] == 0)
-        nodes = nodes[self._node_position[slot, nodes].argsort()]
-        found: list[int] = self._node_token[slot, nodes].tolist()
-        return found
 
     def _repeats(self, group: "_Group", width: int, lengths: Ints) -> Ints:
         """Returns the tokens that would repeat an n-gram, (A, W, most), filled up with -1."""
@@ -361,7 +273,7 @@ class Beams:
         for place in np.flatnonzero(group.ngram).tolist():
             size, slot = int(group.ngram[place]), int(group.slots[place])
             for column in range(int(self._count[slot])):
-                history = self._history(slot, column)
+                history = self._tree.history(slot, column)
                 begun = history[len(history) + 1 - size :] if size > 1 else []
                 for start in range(len(history) + 1 - size):
                     if history[start : start + size - 1] == begun:
@@ -391,7 +303,7 @@ class Beams:
             score = float(final[place, rank])
             if score <= self._worst[slot]:
                 continue
-            _, *past = self._history(slot, int(beams[place, rank]))
+            _, *past = self._tree.history(slot, int(beams[place, rank]))
             hypothesis = Hypothesis(
                 token_ids=(*past, int(tokens[place, rank])),
                 score=score,
@@ -414,17 +326,14 @@ class Beams:
         # Stable, so those come first that go on, in their order; in dead columns are others.
         picked = (~going_on).argsort(axis=1, kind="stable")[:, :width]
         picked += group.offsets(going_on.shape[1])
-        slots, columns = group.slots[:, None], _COLUMNS[:width]
+        slots, columns = group.slots[:, None], COLUMNS[:width]
         sums = scores.take(picked)
-        visible = self._visible[slots, beams.take(picked)]
         alive = columns < counts[:, None]
-        if not alive.all():
+        dead_too = not alive.all()
+        if dead_too:
             sums[~alive] = _DEAD
-            visible[~alive] = _DEAD
+        self._tree.follow(group.slots, beams.take(picked), alive if dead_too else None)
         self._sums[slots, columns] = sums
-        self._visible[slots, columns] = visible
-        if width < self._visible.shape[1]:
-            self._visible[group.slots, width:] = _DEAD
         self._newest[slots, columns] = tokens.take(picked)
         best: Floats = sums[:, 0]
         return best
@@ -462,7 +371,7 @@ class _Group:
         self.last_end = np.minimum(last_end, max_length - 1)
         self.any_ngram, self.any_prefix = bool(self.ngram.any()), bool(self.prefix.any())
         self.widest = int(self.beams.max(initial=0))
-        self.is_top = _COLUMNS[: 2 * self.widest] < self.beams[:, None]  # (A, 2 * widest)
+        self.is_top = COLUMNS[: 2 * self.widest] < self.beams[:, None]  # (A, 2 * widest)
         self.steps_to_first_end = int(self.first_end.max(initial=0))  # at most
         self.layout: _Layout | None = None
         self._offsets: dict[int, Ints] = {}
@@ -481,27 +390,7 @@ class _Layout:
         self.slots, self.counts = slots, counts
         self.width = max(2, *counts)  # alone, a row would be multiplied by another kernel
         self.until = int(slots[-1]) + 1
-        live = _COLUMNS[: self.width] < np.array(counts)[:, None]
+        live = COLUMNS[: self.width] < np.array(counts)[:, None]
         self.place, self.column = np.nonzero(live)  # (R,) each
         self.slot = slots[self.place]
         self.is_full = bool(live.all())
-
-
-def _best(scores: Floats, tokens: Ints, most: int) -> tuple[Floats, Ints, Ints]:
-    """Returns scores, tokens and beams of the best `most` of (A, W, M), each (A, C)."""
-    count, width, _ = scores.shape
-    # As integers, floats of one sign are in order already, or in reverse; -0 becomes 0 first.
-    bits = (scores + np.float32(0)).view(np.int32)
-    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
-    keys = (~bits).astype(np.int64)  # best first
-    keys <<= _TOKEN_BITS
-    keys |= tokens
-    keys <<= _BEAM_BITS
-    keys |= _COLUMNS[:width, None]
-    keys = np.sort(keys.reshape(count, -1), axis=1)[:, :most]
-    beams = keys & (MAX_BEAMS - 1)
-    keys >>= _BEAM_BITS
-    tokens = keys & (MAX_VOCABULARY - 1)
-    bits = ~(keys >> _TOKEN_BITS).astype(np.int32)
-    bits ^= (bits >> 31) & np.int32(0x7FFFFFFF)
-    return bits.view(np.float32), tokens, beams

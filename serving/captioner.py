@@ -11,12 +11,14 @@ from exports.errors import ExportsError
 from exports.images import ImageSpec
 from exports.manifest import Generation, Manifest
 from exports.text import Tokenizer
-from serving.beam import MAX_BEAMS, BeamParams, Beams, Done, Hypothesis
+from serving.beam import BeamParams, Beams, Done, Hypothesis
+from serving.candidates import MAX_BEAMS
 from serving.decode_image import ImageLimits, decode_image
+from serving.decoding import Observer
 from serving.errors import BundleRejected, CaptionError, CaptionFailed, ParameterError
 from serving.limits import MAX_LENGTH_PENALTY
 from serving.memories import Encoded, MemoryCache
-from serving.session import Graphs, Observer, OnnxSession, Pixels, Provider
+from serving.session import Graphs, OnnxSession, Pixels, Provider
 
 logger = logging.getLogger(__name__)
 

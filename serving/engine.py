@@ -14,19 +14,17 @@ import logging
 import math
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from serving.captioner import Caption, Captioner, Params
-from serving.errors import CaptionError, CaptionFailed, DeadlineExceeded, NotReady, QueueFull
-from serving.memories import Encoded
-from serving.session import Observer, Pixels
+from serving.decoding import Observer
+from serving.errors import DeadlineExceeded, NotReady, QueueFull
+from serving.session import Pixels
+from serving.waiter import Result, Waiter, deliver, told
 
 logger = logging.getLogger(__name__)
-
-Result = list[Caption] | CaptionError
 
 _LONGEST_RETRY_S = 60
 _ENCODED_TOGETHER = 8  # a larger batch saves little, and its first image waits for its last
@@ -47,32 +45,6 @@ class EngineMetrics(Observer, Protocol):
 
     def add_tokens(self, count: int) -> None:
         """So many tokens stand in captions that go out."""
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    """One image on its way, and the future of the task that waits for it."""
-
-    captioner: Captioner
-    pixels: Pixels
-    params: Params
-    deadline: float | None
-    loop: asyncio.AbstractEventLoop
-    future: "asyncio.Future[list[Caption]]"
-    since: float = field(default_factory=time.monotonic)
-    begun: float = 0.0
-    encoded: Encoded | None = None
-
-    @property
-    def rows(self) -> int:
-        """Beams that the image may come to."""
-        return self.params.num_beams
-
-    def is_wanted(self, now: float) -> bool:
-        """Returns whether somebody waits still; whoever is too late is told by its own timeout."""
-        if self.future.done() or self.loop.is_closed():
-            return False
-        return self.deadline is None or self.deadline > now
 
 
 class Engine:
@@ -99,9 +71,9 @@ class Engine:
         self._target_s = latency_target_s
         self._metrics = metrics
         self._limit = float(max_rows)  # rows that run together now
-        self._queue: deque[_Waiter] = deque()
-        self._ready: deque[_Waiter] = deque()  # encoded
-        self._running: dict[Captioner, dict[int, _Waiter]] = {}  # by slot; the stepper's own
+        self._queue: deque[Waiter] = deque()
+        self._ready: deque[Waiter] = deque()  # encoded
+        self._running: dict[Captioner, dict[int, Waiter]] = {}  # by slot; the stepper's own
         self._rows_ahead = 0  # of images that are encoded or being encoded
         self._encoding = True  # false when the encoding thread has ended
         self._closed = False
@@ -144,7 +116,7 @@ class Engine:
             NotReady: The engine is closed.
         """
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(captioner, pixels, params, deadline, loop, loop.create_future())
+        waiter = Waiter(captioner, pixels, params, deadline, loop, loop.create_future())
         left = None if deadline is None else deadline - waiter.since
         if left is not None and left <= 0:
             raise DeadlineExceeded("The deadline had passed before the image was queued.")
@@ -166,7 +138,7 @@ class Engine:
         for thread in self._threads:
             thread.join()
 
-    def _enqueue(self, waiter: _Waiter) -> None:
+    def _enqueue(self, waiter: Waiter) -> None:
         with self._changed:
             if self._closed:
                 raise NotReady("The server is closing: it takes no more images.")
@@ -179,7 +151,7 @@ class Engine:
             self._queue.append(waiter)
             self._changed.notify_all()
 
-    def _forget(self, waiter: _Waiter) -> None:
+    def _forget(self, waiter: Waiter) -> None:
         with self._changed:
             if waiter in self._queue:
                 self._queue.remove(waiter)
@@ -213,7 +185,7 @@ class Engine:
             self._changed.notify_all()
         return True
 
-    def _take(self) -> list[_Waiter]:
+    def _take(self) -> list[Waiter]:
         """Waits for images that may be encoded, takes those that share a captioner; empty: closed.
 
         Encoded ahead is what will soon find room: as many rows as may run, at most.
@@ -224,8 +196,8 @@ class Engine:
                     return []
                 self._changed.wait()
             captioner = self._queue[0].captioner
-            batch: list[_Waiter] = []
-            others: deque[_Waiter] = deque()
+            batch: list[Waiter] = []
+            others: deque[Waiter] = deque()
             rows = self._rows_ahead
             for waiter in self._queue:
                 fits = not batch or rows + waiter.rows <= self._limit
@@ -238,7 +210,7 @@ class Engine:
             self._rows_ahead = rows
             return batch
 
-    def _encode(self, batch: Sequence[_Waiter]) -> list[_Waiter]:
+    def _encode(self, batch: Sequence[Waiter]) -> list[Waiter]:
         """Encodes a batch and returns it; if that fails, each image alone, and those that did."""
         try:
             self._metrics.observe_batch(len(batch))
@@ -249,7 +221,7 @@ class Engine:
         except Exception as error:  # nothing that a model or an image does may end the thread
             if len(batch) == 1:
                 logger.exception("an image could not be encoded")
-                _deliver([(batch[0], _told(error))])
+                deliver([(batch[0], told(error))])
                 return []
             logger.warning("a batch of %d failed; one by one now: %r", len(batch), error)
         return [one for waiter in batch for one in self._encode([waiter])]
@@ -284,14 +256,14 @@ class Engine:
             logger.exception("a step failed as a whole")
             for slot in slots:
                 captioner.leave(slot)
-            return [(slot, _told(error)) for slot in slots]
+            return [(slot, told(error)) for slot in slots]
 
-    def _admit(self) -> list[_Waiter]:
+    def _admit(self) -> list[Waiter]:
         """Takes from those ready whom there is room for, in their order; the first is never passed.
 
         Who finds no slot in its captioner waits for the next turn, and so does who comes after.
         """
-        joining: list[_Waiter] = []
+        joining: list[Waiter] = []
         rows = self._rows()
         free: dict[Captioner, int] = {}
         while self._ready:
@@ -319,7 +291,7 @@ class Engine:
             if not places:
                 del self._running[captioner]
 
-    def _join(self, waiter: _Waiter) -> None:
+    def _join(self, waiter: Waiter) -> None:
         encoded, waiter.encoded = waiter.encoded, None  # the search has a copy
         if encoded is None or not waiter.is_wanted(time.monotonic()):
             return
@@ -327,11 +299,11 @@ class Engine:
             slot = waiter.captioner.join(encoded, waiter.params)
         except Exception as error:
             logger.exception("an image could not join")
-            _deliver([(waiter, _told(error))])
+            deliver([(waiter, told(error))])
             return
         self._running.setdefault(waiter.captioner, {})[slot] = waiter
 
-    def _finished(self, done: Sequence[tuple[_Waiter, Result]]) -> None:
+    def _finished(self, done: Sequence[tuple[Waiter, Result]]) -> None:
         now = time.monotonic()
         spent = (now - max(self._last_done, done[0][0].begun)) / len(done)
         self._image_s += 0.1 * (spent - self._image_s)
@@ -341,35 +313,6 @@ class Engine:
                 self._limit = max(self._limit * _FEWER, 1.0)
             else:
                 self._limit = min(self._limit + 1, self._max_rows)
-        _deliver(done)
+        deliver(done)
         found = [got for _, got in done if isinstance(got, list)]
         self._metrics.add_tokens(sum(caption.tokens for got in found for caption in got))
-
-
-def _told(error: Exception) -> CaptionError:
-    """Returns what the client hears of an error."""
-    if isinstance(error, CaptionError):
-        return error
-    return CaptionFailed("The model failed on this image; the server's log says why.")
-
-
-def _deliver(done: Sequence[tuple[_Waiter, Result]]) -> None:
-    """Hands results to their tasks, by one call into each event loop."""
-    by_loop = defaultdict(list)
-    for waiter, result in done:
-        by_loop[waiter.loop].append((waiter.future, result))
-    for loop, outcomes in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_settle, outcomes)
-        except RuntimeError:  # the loop was closed, and its tasks with it
-            logger.info("%d results had nobody left to go to", len(outcomes))
-
-
-def _settle(outcomes: Sequence[tuple["asyncio.Future[list[Caption]]", Result]]) -> None:
-    for future, result in outcomes:
-        if future.done():
-            continue
-        if isinstance(result, CaptionError):
-            future.set_exception(result)
-        else:
-            future.set_result(result)

@@ -7,7 +7,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-from serving.session import Memory, Pixels
+from serving.decoding import Memory
+from serving.session import Pixels
 
 _Key = bytes
 

@@ -3,8 +3,8 @@
 import numpy as np
 import onnxruntime as ort
 
+from serving.decoding import Memory
 from serving.memories import MemoryCache
-from serving.session import Memory
 
 IMAGE_BYTES = 4 * 2 * 3
 
