@@ -67,6 +67,8 @@ class Decoding:
         self.observer: Observer | None = None
         self._session, self._join = session, join
         self._spec, self._device, self._turn = spec, device, turn
+        # On a device, what is fed is copied there when it is bound, so at every step anew.
+        self._feeds_by_copy = device != "cpu"
         self._bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()  # used last is last
         self._joining = join.io_binding()
         self._joined: Memory | None = None  # what `_joining` has bound
@@ -92,7 +94,7 @@ class Decoding:
             for name, value in zip(self._memory, memory.values, strict=True):
                 binding.bind_ortvalue_input(encoded_name(name), value)
         self._join.run_with_iobinding(binding)
-        if self._device != "cpu":
+        if self._feeds_by_copy:
             binding.synchronize_outputs()
         self._joined = memory
 
@@ -108,7 +110,7 @@ class Decoding:
         with self._turn:
             started = perf_counter()
             self._session.run_with_iobinding(bound.binding)
-            if self._device != "cpu":
+            if self._feeds_by_copy:
                 bound.binding.synchronize_outputs()
             seconds = perf_counter() - started
         if self.observer is not None:
@@ -160,7 +162,7 @@ class Decoding:
         fed["write"][:, :, 1] = np.arange(self._spec.heads)
         if self._wants_positions:
             fed[FED_IF_ASKED] = np.zeros((slots, nodes), whole)
-        bound = self._bound[shape] = _Bound(binding, fed, top_k, on_cpu=self._device == "cpu")
+        bound = self._bound[shape] = _Bound(binding, fed, top_k, by_copy=self._feeds_by_copy)
         if len(self._bound) > _SHAPES:
             self._bound.popitem(last=False)
         return bound
@@ -175,10 +177,10 @@ class _Bound:
         fed: dict[str, npt.NDArray[Any]],
         top_k: int,
         *,
-        on_cpu: bool,
+        by_copy: bool,
     ) -> None:
         self.binding = binding
-        self._fed, self._on_cpu = fed, on_cpu
+        self._fed, self._by_copy = fed, by_copy
         self._slot: Ints | None = None  # of the rows that were fed last
         count = len(fed["token_ids"])
         self.log_probs = np.zeros((count, top_k), np.float32)
@@ -206,6 +208,6 @@ class _Bound:
         if count == 1:  # a twin, which writes the same to the same place
             for name in ("token_ids", "position", "write", "row_cell"):
                 fed[name][1] = fed[name][0]
-        if not self._on_cpu:  # a bound array was copied to the device when it was bound
+        if self._by_copy:
             for name, array in fed.items():
                 self.binding.bind_cpu_input(name, array)

@@ -83,9 +83,11 @@ class Watched:
         self.decoding.clear(slot)
 
 
-def test_equals_plain_runs_while_images_join_widen_and_leave(bundle, session):
+@pytest.mark.parametrize("by_copy", [False, True])  # as on a CPU, and as on a device
+def test_equals_plain_runs_while_images_join_widen_and_leave(bundle, session, by_copy):
     rng = np.random.default_rng(0)
     model = Watched(bundle, session, slots=4)
+    model.decoding._feeds_by_copy = by_copy
     beams, left = Beams(model, slots=4), 24
     while left or beams.images:
         while left and beams.images < 4 and (not beams.images or rng.random() < 0.5):
