@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from PIL import Image, ImageOps
 from pydantic import ValidationError
 
 from exports.bundle import Bundle
@@ -222,6 +223,27 @@ def test_an_evaluation_compares_with_other_images_only(
     table = {"model": run, "data": data, "generation": {"num_beam": 3}}
     with pytest.raises(ConfigError, match=r"unknown key 'num_beam'; the keys are .*num_beams"):
         evaluate.run(evaluate.Config.model_validate(table), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["run", "bundle"])
+def test_an_evaluation_of_a_run_or_a_bundle_has_neighbours_beside_it(
+    exported: tuple[Path, Path], tmp_path: Path, kind: str
+) -> None:
+    run, bundle = exported
+    rows = ["image,caption"]
+    for path in PHOTOS:  # mirrored: other images, whose nearest neighbours are known
+        with Image.open(path) as photo:
+            ImageOps.mirror(photo.convert("RGB")).save(tmp_path / path.name)
+        rows.append(f"{tmp_path / path.name},the {path.stem} in the mirror")
+    (tmp_path / "mirrored.csv").write_text("\n".join(rows))
+    table = {
+        "model": run if kind == "run" else bundle,
+        "data": run.parent / "photos.csv",
+        "neighbours": tmp_path / "mirrored.csv",
+    }
+    evaluate.run(evaluate.Config.model_validate(table), tmp_path / kind)
+    written = json.loads((tmp_path / kind / "figures.json").read_text())
+    assert {"figures", "neighbours", "gain"} <= set(written)
 
 
 def test_a_blend_lies_between_a_run_and_its_start(
