@@ -41,9 +41,9 @@ def test_the_base_recipe_s_and_what_scst_makes_of_its_run(shapes: Path, tmp_path
     found = losses("flickr8k/base.toml", shapes, tmp_path / "base", *small)
     assert len(found) == 20
     assert found == pytest.approx(GOLDEN["flickr8k/base.toml"], rel=2e-3), found
-    # A few steps only: one draw that comes out otherwise on another processor changes all that
-    # follow.
+    # Three steps only: one draw that comes out otherwise on another processor changes all that
+    # follow, and by the fourth step one has (0.296 on an AMD EPYC, 0.288 on an Intel Xeon).
     start = (f"start={tmp_path / 'base'}", "loop.epochs=1")
     found = losses("flickr8k/scst.toml", shapes, tmp_path / "scst", *start)
     assert len(found) == 4
-    assert found == pytest.approx(GOLDEN["flickr8k/scst.toml"], abs=5e-3), found
+    assert found[:3] == pytest.approx(GOLDEN["flickr8k/scst.toml"], abs=5e-3), found
