@@ -182,20 +182,6 @@ def test_the_plain_process_is_measured(bundle: Path, images: Path) -> None:
     assert "2 threads a side, medians of 1 rounds" in done.stdout
 
 
-@pytest.mark.slow
-def test_a_peer_says_the_same() -> None:
-    """Installs the peers where they are not; one of them is tried, since each takes minutes."""
-    sides = ("plain", "litserve")
-    tiny = ("--tiny", "--count", "8", "--rounds", "1", "--seconds", "5")
-    done = benchmark(*tiny, "--sides", ",".join(sides))
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(done.stdout)
-    for side in sides:
-        for load in ("1 client", "8 clients", "32 clients"):
-            assert rows[load, side][3:] == ["0", "100.0%"]
-    assert "p99 of litserve / p99 of plain" in done.stdout
-
-
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     for arguments, said in (
         (("--sides", "plain,bento"), "error: --sides: bento: there are plain, ray, litserve"),
