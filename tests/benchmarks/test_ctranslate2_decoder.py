@@ -79,13 +79,12 @@ def test_it_says_what_the_captioner_says(
     assert environments.python_with([REQUIREMENT], tmp_path) == python  # and installs nothing again
 
 
-def test_a_process_that_gives_up_says_why(
-    benchmark: Any, captioner: Captioner, stack: ExitStack
-) -> None:
+def test_a_process_that_gives_up_says_why(captioner: Captioner, stack: ExitStack) -> None:
+    from common import UsageError
     from ctranslate2_side import CTranslate2
 
     memory = np.zeros((1, 6, 32), np.float32)
-    with pytest.raises(benchmark.UsageError, match=r"gave up: ModuleNotFoundError: .*ctranslate2"):
+    with pytest.raises(UsageError, match=r"gave up: ModuleNotFoundError: .*ctranslate2"):
         CTranslate2(
             captioner,
             memory,
