@@ -25,33 +25,18 @@ depends on its own slot alone, never on who else is in the batch.
 """
 
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
 import numpy as np
 
 from serving.candidates import COLUMNS, MAX_BEAMS, MAX_VOCABULARY, best_candidates
+from serving.group import BeamParams, Group, Layout
 from serving.step_model import Bools, Floats, Ints, Rows, StepModel
 from serving.tree import Tree
 
 _DEAD = np.float32(-np.inf)
-
-
-@dataclass(frozen=True, slots=True)
-class BeamParams:
-    """How one image is searched; the names and meanings are those of transformers.
-
-    `prefix_ids` hold neither bos nor eos.
-    """
-
-    num_beams: int
-    num_captions: int
-    max_new_tokens: int
-    min_new_tokens: int
-    length_penalty: float
-    no_repeat_ngram_size: int
-    prefix_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +80,7 @@ def beam_search(model: StepModel, params: Sequence[BeamParams]) -> list[list[Hyp
 
 
 class Beams:
-    """The searches of all slots. Arrays have a row per slot; `_Group` is those that step now."""
+    """The searches of all slots. Arrays have a row per slot; `Group` is those that step now."""
 
     def __init__(self, model: StepModel, *, slots: int) -> None:
         """Starts with every slot free.
@@ -199,15 +184,15 @@ class Beams:
         over = (self._worst[group.slots] >= best / norm) | last
         return self._leave(group, over, lost) if over.any() else []
 
-    def _group(self, slots: Ints) -> "_Group":
+    def _group(self, slots: Ints) -> Group:
         params = [one for one in map(self._params.__getitem__, slots.tolist()) if one is not None]
-        return _Group(slots, params, self._model.max_length)
+        return Group(slots, params, self._model.max_length)
 
     def _regroup(self) -> None:
         slots = [slot for slot, params in enumerate(self._params) if params is not None]
         self._everyone = self._group(np.array(slots, dtype=np.int64))
 
-    def _candidates(self, group: "_Group") -> tuple[Floats, Ints, Ints | None]:
+    def _candidates(self, group: Group) -> tuple[Floats, Ints, Ints | None]:
         """Runs the model; returns scores and tokens, both (A, W, M), and who got NaN, places."""
         lengths = self._length[group.slots]
         layout = self._layout(group)
@@ -241,13 +226,13 @@ class Beams:
             scores[lost] = _DEAD
         return scores, tokens, lost
 
-    def _layout(self, group: "_Group") -> "_Layout":
+    def _layout(self, group: Group) -> Layout:
         counts: list[int] = self._count[group.slots].tolist()
         if group.layout is None or group.layout.counts != counts:
-            group.layout = _Layout(group.slots, counts)
+            group.layout = Layout(group.slots, counts)
         return group.layout
 
-    def _step(self, layout: "_Layout", top_k: int) -> tuple[Floats, Ints]:
+    def _step(self, layout: Layout, top_k: int) -> tuple[Floats, Ints]:
         """Gives each row a node and runs the model."""
         tree, slot, column = self._tree, layout.slot, layout.column
         length, newest = self._length[slot], self._newest[slot, column]
@@ -267,7 +252,7 @@ class Beams:
             tree.remove(slot, column, node)
             raise
 
-    def _repeats(self, group: "_Group", width: int, lengths: Ints) -> Ints:
+    def _repeats(self, group: Group, width: int, lengths: Ints) -> Ints:
         """Returns the tokens that would repeat an n-gram, (A, W, most), filled up with -1."""
         bans = np.full((group.slots.size, width, int(lengths.max()) + 2), -1, dtype=np.int64)
         for place in np.flatnonzero(group.ngram).tolist():
@@ -280,7 +265,7 @@ class Beams:
                         bans[place, column, start] = history[start + size - 1]
         return bans
 
-    def _force_prefix(self, group: "_Group", lengths: Ints, scores: Floats, tokens: Ints) -> None:
+    def _force_prefix(self, group: Group, lengths: Ints, scores: Floats, tokens: Ints) -> None:
         """Leaves one candidate to images in their prefix; scores and tokens are (A, W, M)."""
         for place in np.flatnonzero(lengths < group.prefix):
             scores[place] = _DEAD
@@ -289,7 +274,7 @@ class Beams:
 
     def _finish(
         self,
-        group: "_Group",
+        group: Group,
         finishing: Bools,
         scores: Floats,
         tokens: Ints,
@@ -317,7 +302,7 @@ class Beams:
                 self._worst[slot] = kept[-1].score
 
     def _next_beams(
-        self, group: "_Group", going_on: Bools, scores: Floats, tokens: Ints, beams: Ints
+        self, group: Group, going_on: Bools, scores: Floats, tokens: Ints, beams: Ints
     ) -> Floats:
         """Makes the best K candidates (A, C) that go on the next beams; returns the best's sum."""
         counts = np.minimum(going_on.sum(axis=1), group.beams)
@@ -338,7 +323,7 @@ class Beams:
         best: Floats = sums[:, 0]
         return best
 
-    def _leave(self, group: "_Group", over: Bools, lost: Ints | None) -> list[Done]:
+    def _leave(self, group: Group, over: Bools, lost: Ints | None) -> list[Done]:
         """Frees the slots of images that are over and returns what was found of them."""
         nan = frozenset() if lost is None else frozenset(lost.tolist())
         gone = []
@@ -352,45 +337,3 @@ class Beams:
             self._params[slot] = None
         self._regroup()
         return gone
-
-
-class _Group:
-    """Images that step together, and what every step asks of them that changes only with them."""
-
-    def __init__(self, slots: Ints, params: list[BeamParams], max_length: int) -> None:
-        self.slots, self.params = slots, params  # (A,), ascending
-
-        def each(value: Callable[[BeamParams], int]) -> Ints:
-            return np.array([value(one) for one in params], dtype=np.int64)
-
-        self.beams, self.ngram = each(lambda p: p.num_beams), each(lambda p: p.no_repeat_ngram_size)
-        self.prefix = each(lambda p: len(p.prefix_ids))
-        # In tokens after bos: where eos may first come, where all must end.
-        self.first_end = self.prefix + each(lambda p: p.min_new_tokens) + 1
-        last_end = self.prefix + each(lambda p: p.max_new_tokens)
-        self.last_end = np.minimum(last_end, max_length - 1)
-        self.any_ngram, self.any_prefix = bool(self.ngram.any()), bool(self.prefix.any())
-        self.widest = int(self.beams.max(initial=0))
-        self.is_top = COLUMNS[: 2 * self.widest] < self.beams[:, None]  # (A, 2 * widest)
-        self.steps_to_first_end = int(self.first_end.max(initial=0))  # at most
-        self.layout: _Layout | None = None
-        self._offsets: dict[int, Ints] = {}
-
-    def offsets(self, columns: int) -> Ints:
-        """Returns where each image's part of a flattened (A, columns) begins, (A, 1)."""
-        if columns not in self._offsets:
-            self._offsets[columns] = np.arange(0, self.slots.size * columns, columns)[:, None]
-        return self._offsets[columns]
-
-
-class _Layout:
-    """How the live beams of a group are rows; the same, and the same object, for many steps."""
-
-    def __init__(self, slots: Ints, counts: list[int]) -> None:
-        self.slots, self.counts = slots, counts
-        self.width = max(2, *counts)  # alone, a row would be multiplied by another kernel
-        self.until = int(slots[-1]) + 1
-        live = COLUMNS[: self.width] < np.array(counts)[:, None]
-        self.place, self.column = np.nonzero(live)  # (R,) each
-        self.slot = slots[self.place]
-        self.is_full = bool(live.all())

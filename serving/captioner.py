@@ -11,11 +11,12 @@ from exports.errors import ExportsError
 from exports.images import ImageSpec
 from exports.manifest import Generation, Manifest
 from exports.text import Tokenizer
-from serving.beam import BeamParams, Beams, Done, Hypothesis
+from serving.beam import Beams, Done, Hypothesis
 from serving.candidates import MAX_BEAMS
 from serving.decode_image import ImageLimits, decode_image
 from serving.decoding import Observer
 from serving.errors import BundleRejected, CaptionError, CaptionFailed, ParameterError
+from serving.group import BeamParams
 from serving.limits import MAX_LENGTH_PENALTY
 from serving.memories import Encoded, MemoryCache
 from serving.session import Graphs, OnnxSession, Pixels, Provider
@@ -148,7 +149,11 @@ class Captioner:
 
         Images that are the same, or were encoded of late, are not encoded again.
         """
-        return self._memories.encode(pixels, lambda new: self._session.encode(new, observer))
+        hits = self._memories.hits
+        found = self._memories.encode(pixels, lambda new: self._session.encode(new, observer))
+        if observer is not None:
+            observer.add_repeats(self._memories.hits - hits)
+        return found
 
     def join(self, encoded: Encoded, params: Params) -> int:
         """Puts an image to a free slot, where the next `step` begins with it; returns the slot.

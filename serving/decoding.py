@@ -25,10 +25,13 @@ _SHAPES = 64  # of steps, whose bindings are kept
 
 
 class Observer(Protocol):
-    """Is told how long the graphs took."""
+    """Is told how long the graphs took, and what they were spared."""
 
     def observe_encode(self, seconds: float) -> None:
         """One run of the encoder."""
+
+    def add_repeats(self, images: int) -> None:
+        """Images whose encoding was kept."""
 
     def observe_step(self, seconds: float) -> None:
         """One run of the decoder."""

@@ -48,6 +48,9 @@ class Metrics:
         self._batch = Summary(
             "cutline_encode_images", "Images in one encoder run", registry=registry
         )
+        self._repeats = Counter(
+            "cutline_encode_repeats", "Images whose encoding was kept", registry=registry
+        )
         self._rows = Summary(
             "cutline_decode_step_rows",
             "Beams that images in one step may come to",
@@ -115,6 +118,10 @@ class Metrics:
     def observe_encode(self, seconds: float) -> None:
         """Record one run of the encoder."""
         self._encode.observe(seconds)
+
+    def add_repeats(self, images: int) -> None:
+        """Count images that were not encoded again."""
+        self._repeats.inc(images)
 
     def observe_step(self, seconds: float) -> None:
         """Record one step of the decoder."""

@@ -12,6 +12,9 @@ from onnx import helper
 
 from trainer.errors import QuantisationError
 
+WEIGHT_LEVELS = 63
+"""Of a weight on either side of 0. Two products of it with 255 fit 16 bits, in which processors
+with AVX2 and without VNNI add them; they would cut off larger sums, and caption otherwise."""
 ERRORS_ONLY = 3  # ONNX Runtime's log severity; its warnings are of what its optimiser tidied up
 
 

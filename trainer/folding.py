@@ -1,4 +1,4 @@
-"""An encoder graph made ready for integers: constants folded, pixels taken as they are."""
+"""ONNX graphs rewritten; the encoder's folded and made to take pixels as they are."""
 
 import tempfile
 from pathlib import Path
@@ -13,6 +13,9 @@ from onnx import helper, numpy_helper
 from trainer.calibration import ERRORS_ONLY
 
 Array = NDArray[Any]
+
+MICROSOFT = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
 
 PIXELS = "pixels"
 """The tensor that `pixels_as_integers` makes: what the first convolution reads."""
@@ -64,8 +67,9 @@ class Graph:
             for name, value in self.constants.items()
             if name in asked
         )
-        domains = {node.domain for node in nodes}
-        versions = {o.domain: o.version for o in self.model.opset_import if o.domain in domains}
+        known = {opset.domain: opset.version for opset in self.model.opset_import}
+        known.setdefault(MICROSOFT, 1)
+        versions = {domain: known[domain] for domain in sorted({node.domain for node in nodes})}
         del self.model.opset_import[:]
         self.model.opset_import.extend(helper.make_opsetid(*pair) for pair in versions.items())
         onnx.checker.check_model(self.model)

@@ -20,12 +20,10 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from exports.manifest import Generation
-from trainer.calibration import Range, Ranges
+from trainer.calibration import WEIGHT_LEVELS, Range, Ranges
 from trainer.decoding import best_hypotheses
+from trainer.folding import MICROSOFT, Graph, attributes
 from trainer.onnx_steps import OnnxSteps, session
-
-_MICROSOFT = "com.microsoft"
-WEIGHT_LEVELS = 63  # of a weight, on either side of 0
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -105,15 +103,15 @@ class _Watched:
 
 
 def _rewrite(model: onnx.ModelProto, weights: Weights, ranges: dict[str, Range]) -> bytes:
-    graph = model.graph
-    nodes: list[onnx.NodeProto] = []
+    graph = Graph(model)
     for name, found in ranges.items():
         scale, zero = found.steps
-        _store(graph, f"{name}.scale", scale)
-        _store(graph, f"{name}.zero", zero)
+        graph.store(f"{name}.scale", np.asarray(scale))
+        graph.store(f"{name}.zero", np.asarray(zero))
+    nodes: list[onnx.NodeProto] = []
     quantised: set[str] = set()
     dense = {node.output[0] for node in _dense(model, weights)}
-    for node in graph.node:
+    for node in graph.nodes:
         if node.output[0] not in dense:
             nodes.append(node)
             continue
@@ -123,44 +121,19 @@ def _rewrite(model: onnx.ModelProto, weights: Weights, ranges: dict[str, Range])
             inputs = [source, f"{source}.scale", f"{source}.zero"]
             nodes.append(helper.make_node("QuantizeLinear", inputs, [f"{source}.q"]))
         nodes.append(_integer(graph, node, weights[node.input[1]]))
-    _drop_unused(graph, nodes)
-    if all(opset.domain != _MICROSOFT for opset in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
+    graph.rewrite(nodes)
+    return graph.finish().SerializeToString()
 
 
-def _integer(
-    graph: onnx.GraphProto, node: onnx.NodeProto, matrix: NDArray[np.float32]
-) -> onnx.NodeProto:
+def _integer(graph: Graph, node: onnx.NodeProto, matrix: NDArray[np.float32]) -> onnx.NodeProto:
     """Returns a dense layer's integer twin, whose weights it adds to the graph."""
-    if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
+    if attributes(node).get("transB"):
         matrix = matrix.T
     scale = np.abs(matrix).max(0) / np.float32(WEIGHT_LEVELS)
     steps = np.rint(np.divide(matrix, scale, out=np.zeros_like(matrix), where=scale > 0))
     source, name = node.input[0], node.output[0]
-    _store(graph, f"{name}.weight", steps.astype(np.int8))
-    _store(graph, f"{name}.weight.scale", scale)
+    graph.store(f"{name}.weight", steps.astype(np.int8))
+    graph.store(f"{name}.weight.scale", scale)
     inputs = [f"{source}.q", f"{name}.weight", f"{source}.scale", f"{name}.weight.scale"]
     inputs += [f"{source}.zero", "", *node.input[2:]]
-    return helper.make_node("MatMulIntegerToFloat", inputs, [name], domain=_MICROSOFT)
-
-
-def _store(graph: onnx.GraphProto, name: str, value: NDArray[np.generic] | np.generic) -> None:
-    graph.initializer.append(
-        numpy_helper.from_array(np.ascontiguousarray(value).reshape(np.shape(value)), name)
-    )
-
-
-def _drop_unused(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Gives the graph these nodes, without what nothing asks for: they are in order of use."""
-    asked = {output.name for output in graph.output}
-    kept = []
-    for node in reversed(nodes):
-        if asked.intersection(node.output):
-            asked.update(node.input)
-            kept.append(node)
-    weights = [one for one in graph.initializer if one.name in asked]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(kept))
-    graph.initializer.extend(weights)
+    return helper.make_node("MatMulIntegerToFloat", inputs, [name], domain=MICROSOFT)

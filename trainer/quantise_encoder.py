@@ -4,7 +4,7 @@ Pairs of QuantizeLinear and DequantizeLinear say what is an integer; a session f
 convolutions and matrix products between them:
 
     activations x = (q - z) * s, q in 0..255, one s and z a tensor, from calibration images;
-    weights     w = q * s, q in -127..127, one s an output channel.
+    weights     w = q * s, q in -63..63, one s an output channel.
 
 Jacob et al., 2017, https://arxiv.org/abs/1712.05877, with these departures:
 
@@ -26,7 +26,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from onnx import helper
 
-from trainer.calibration import Ranges, observe
+from trainer.calibration import WEIGHT_LEVELS, Ranges, observe
 from trainer.folding import PIXELS, Graph, attributes, fold, pixels_as_integers
 from trainer.rounding import Moments, round_together, scales
 
@@ -44,7 +44,7 @@ def quantise_encoder(
     batches: Iterable[NDArray[np.uint8]],
     *,
     outside: float = 1e-5,
-    levels: int = 127,
+    levels: int = WEIGHT_LEVELS,
     compensate: bool = True,
 ) -> bytes:
     """Returns the encoder graph with integer weights and activations.
@@ -53,8 +53,7 @@ def quantise_encoder(
         graph: the graph of `trainer.graphs.export_encoder`.
         batches: images (B, H, W, 3) like those that it will see; about a hundred are enough.
         outside: share of a tensor's values that its range may cut off at either end.
-        levels: the largest weight. 63 keeps sums of two products within 16 bits: processors with
-            AVX2 and without VNNI cut off larger ones, and would caption otherwise.
+        levels: the largest weight, 127 at most.
         compensate: round weights together, not each by itself.
 
     Raises:

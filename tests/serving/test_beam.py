@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from histories import Histories, scripted
 
-from serving.beam import BeamParams, Beams, Done, Hypothesis, beam_search
+from serving.beam import Beams, Done, Hypothesis, beam_search
+from serving.group import BeamParams
 
 BOS = 0
 EOS = 1

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from serving.captioner import Caption, Params
+from serving.captioner import Caption, Captioner, Params
 from serving.decode_image import ImageLimits, decode_image
 from serving.engine import Engine
 from serving.errors import CaptionFailed, DeadlineExceeded, NotReady, QueueFull
@@ -22,7 +22,7 @@ PATIENCE_S = 10.0
 class Recorder:
     def __init__(self):
         self.waits, self.batches, self.rows, self.encodes, self.steps = [], [], [], [], []
-        self.tokens = 0
+        self.tokens = self.repeats = 0
 
     def observe_queue_wait(self, seconds):
         self.waits.append(seconds)
@@ -35,6 +35,9 @@ class Recorder:
 
     def observe_encode(self, seconds):
         self.encodes.append(seconds)
+
+    def add_repeats(self, images):
+        self.repeats += images
 
     def observe_step(self, seconds):
         self.steps.append(seconds)
@@ -431,3 +434,19 @@ def test_a_real_captioner_in_a_crowd(make_engine, tiny_captioner, photos, black_
         assert [captions] == tiny_captioner.caption_batch([one], [entry])
     assert sum(metrics.batches) == 41
     assert len(metrics.steps) >= len(metrics.rows) > len(metrics.encodes)
+    assert metrics.repeats == 0  # this one keeps no encodings
+
+
+def test_images_that_come_again_are_counted(make_engine, tiny_bundles, photos):
+    metrics = Recorder()
+    captioner = Captioner.load(tiny_bundles.one, threads=1, cache_bytes=1 << 20)
+    engine = make_engine(metrics=metrics)
+    pixels = decode_image(photos[0], captioner.image_spec, ImageLimits())
+    params = Params.of(captioner.manifest.defaults)
+
+    async def scenario():
+        return [await engine.submit(captioner, pixels, params) for _ in range(3)]
+
+    first, *others = asyncio.run(scenario())
+    assert others == [first, first]
+    assert (metrics.repeats, len(metrics.encodes)) == (2, 1)

@@ -23,6 +23,7 @@ def test_everything_is_counted_once():
     metrics.observe_batch(3)
     metrics.observe_rows(12)
     metrics.observe_encode(0.5)
+    metrics.add_repeats(2)
     metrics.observe_step(0.25)
     metrics.add_tokens(11)
     metrics.model_loaded("tiny", "1")
@@ -38,6 +39,7 @@ def test_everything_is_counted_once():
     assert found["cutline_encode_images_sum",] == 3
     assert found["cutline_decode_step_rows_sum",] == 12
     assert found["cutline_encode_seconds_sum",] == 0.5
+    assert found["cutline_encode_repeats_total",] == 2
     assert found["cutline_decode_step_seconds_sum",] == 0.25
     assert found["cutline_tokens_total",] == 11
     assert found["cutline_queue_depth",] == 7

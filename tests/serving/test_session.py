@@ -7,8 +7,9 @@ from tiny_bundle import CACHE, HEAD_DIM, HEADS, MEMORY, SIDE
 
 from exports.bundle import Bundle
 from exports.manifest import next_name
-from serving.beam import BeamParams, Beams
+from serving.beam import Beams
 from serving.errors import BundleRejected
+from serving.group import BeamParams
 from serving.session import Graphs, OnnxSession
 from serving.step_model import Rows
 

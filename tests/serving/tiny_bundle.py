@@ -27,7 +27,8 @@ from exports.manifest import (
 )
 from exports.text import TextSpec
 from exports.text import Tokenizer as Text
-from serving.beam import BeamParams, beam_search
+from serving.beam import beam_search
+from serving.group import BeamParams
 from serving.session import Graphs, OnnxSession
 
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]

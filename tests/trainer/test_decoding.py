@@ -7,8 +7,8 @@ import pytest
 from histories import scripted
 
 from exports.manifest import Generation
-from serving.beam import BeamParams
 from serving.beam import beam_search as serving_beam_search
+from serving.group import BeamParams
 from trainer.decoding import beam_search
 
 BOS, EOS = 0, 1

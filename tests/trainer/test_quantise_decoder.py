@@ -6,11 +6,12 @@ import pytest
 from tiny_captioner import TEXT
 
 from exports.manifest import Generation
+from trainer.calibration import WEIGHT_LEVELS
 from trainer.decoding import best_hypotheses
 from trainer.errors import QuantisationError
 from trainer.graphs import export_decoder, export_encoder
 from trainer.onnx_steps import OnnxSteps
-from trainer.quantise_decoder import WEIGHT_LEVELS, quantise_decoder
+from trainer.quantise_decoder import quantise_decoder
 
 GENERATION = Generation(max_new_tokens=8)
 

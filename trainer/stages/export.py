@@ -39,7 +39,7 @@ from trainer.intervals import Interval
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import compare
 from trainer.photos import load_all, load_pixels
-from trainer.quantise_decoder import WEIGHT_LEVELS, quantise_decoder
+from trainer.quantise_decoder import quantise_decoder
 from trainer.quantise_encoder import quantise_encoder
 from trainer.run import Run
 from trainer.stages._card import Card, model_card, provenance
@@ -192,7 +192,7 @@ def _quantised(config: Int8, graphs: Graphs, steps: OnnxSteps, source: Run) -> G
     print(f"quantising by the activations on {len(pixels)} images ...")
     decoder = quantise_decoder(graphs.decoder, steps, pixels, source.recipe.generation)
     batches = (pixels[start : start + 8] for start in range(0, len(pixels), 8))
-    encoder = quantise_encoder(graphs.encoder, batches, levels=WEIGHT_LEVELS)
+    encoder = quantise_encoder(graphs.encoder, batches)
     return graphs._replace(encoder=encoder, decoder=decoder)
 
 
