@@ -2,6 +2,7 @@
 
 import random
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,23 @@ from trainer.transforms import Transform
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
-class CaptionDataset(Dataset[dict[str, Any]]):
+class TrainingData(Dataset[dict[str, Any]], ABC):
+    """What the loop draws batches from: items by `(epoch, index)`, and how they become a batch."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many items an epoch has."""
+
+    @abstractmethod
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """Returns an item, the same for the same key."""
+
+    @abstractmethod
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Returns one batch, with `images` (.., 3, H, W) in it."""
+
+
+class CaptionDataset(TrainingData):
     """Items are drawn by `(epoch, index)`; the item's randomness comes from the seed and these two.
 
     Args:
@@ -74,14 +91,72 @@ class CaptionDataset(Dataset[dict[str, Any]]):
         `images` (B, 3, H, W) uint8; `indices` (B,), of the examples; `token_ids` (B * C, T), the
         captions of an image together, padded; `lengths` (B * C,), tokens without padding.
         """
-        sequences = [ids for item in items for ids in item["token_ids"]]
-        lengths = torch.tensor([len(ids) for ids in sequences])
-        token_ids = torch.full((len(sequences), int(lengths.max())), self._pad_id)
-        for row, ids in enumerate(sequences):
-            token_ids[row, : len(ids)] = torch.tensor(ids)
+        token_ids, lengths = padded(
+            [ids for item in items for ids in item["token_ids"]], self._pad_id
+        )
         images = torch.stack([item["image"] for item in items])
         indices = torch.tensor([item["index"] for item in items])
         return {"images": images, "token_ids": token_ids, "lengths": lengths, "indices": indices}
+
+
+class ViewDataset(TrainingData):
+    """Items are views of one image, and where there are captions one of its captions.
+
+    Args:
+        images: uint8 (n, H, W, 3), of any size that the transforms take.
+        transforms: one for each view.
+        seed: of the views and draws.
+        token_ids: of every image the captions as ids, `<bos>` ... `<eos>`, or None.
+        pad_id: fills up shorter captions of a batch.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        transforms: Sequence[Transform],
+        *,
+        seed: int,
+        token_ids: Sequence[Sequence[list[int]]] | None = None,
+        pad_id: int = 0,
+    ) -> None:
+        self._images, self._transforms, self._seed = images, transforms, seed
+        self._token_ids, self._pad_id = token_ids, pad_id
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        draw = random.Random(f"{self._seed}-{epoch}-{index}")
+        image = torch.from_numpy(self._images[index]).permute(2, 0, 1)
+        views = [one(image, draw.getrandbits(62), flip="free") for one in self._transforms]
+        item: dict[str, Any] = {"views": views, "index": index}
+        if self._token_ids is not None:
+            item["token_ids"] = draw.choice(self._token_ids[index])
+        return item
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Returns one batch.
+
+        `images` (V * B, 3, H, W) uint8, all first views before all second ones; `indices` (B,), of
+        the images; and with captions `token_ids` (B, T), padded, and `lengths` (B,).
+        """
+        by_view = zip(*(item["views"] for item in items), strict=True)
+        images = torch.stack([view for views in by_view for view in views])
+        batch = {"images": images, "indices": torch.tensor([item["index"] for item in items])}
+        if self._token_ids is not None:
+            captions = [item["token_ids"] for item in items]
+            batch["token_ids"], batch["lengths"] = padded(captions, self._pad_id)
+        return batch
+
+
+def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Returns ids (R, T), filled up with `pad_id`, and their lengths (R,)."""
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    token_ids = torch.full((len(sequences), int(lengths.max())), pad_id)
+    for row, ids in enumerate(sequences):
+        token_ids[row, : len(ids)] = torch.tensor(ids)
+    return token_ids, lengths
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):

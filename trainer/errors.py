@@ -4,6 +4,7 @@ TrainerError
 ├── DataError          a data set cannot be read or used: the message names the file and line
 ├── ConfigError        a recipe or an override is wrong: the message names the key
 ├── CheckpointError    a checkpoint is missing, damaged or of another run
+├── DivergenceError    a loss is not a number: the message names the step and what is still good
 ├── ParityError        an exported graph does not behave as the model it came from
 └── QuantisationError  nothing to calibrate integers on, or values that are not finite
 """
@@ -23,6 +24,10 @@ class ConfigError(TrainerError):
 
 class CheckpointError(TrainerError):
     """A checkpoint is missing, damaged or of another run."""
+
+
+class DivergenceError(TrainerError):
+    """A loss is not a number."""
 
 
 class ParityError(TrainerError):

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from trainer.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from trainer.config import Config
-from trainer.dataset import CaptionDataset, EpochSampler
-from trainer.errors import CheckpointError, ConfigError
+from trainer.dataset import EpochSampler, TrainingData
+from trainer.errors import CheckpointError, ConfigError, DivergenceError
 from trainer.objective import Objective
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
 from trainer.runlog import RunLog
@@ -61,7 +61,7 @@ class TrainingLoop:
     def __init__(
         self,
         objective: Objective,
-        dataset: CaptionDataset,
+        dataset: TrainingData,
         *,
         config: Loop,
         optim: Optim,
@@ -139,6 +139,8 @@ class TrainingLoop:
             moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
             with self._autocast():
                 losses = self._objective(moved)
+            if not torch.isfinite(losses["loss"]):
+                raise DivergenceError(self._explain_divergence())
             self._scaler.scale(losses["loss"] / len(batches)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
@@ -152,6 +154,13 @@ class TrainingLoop:
             self._average.update(self.step)
         self._objective.after_step(self.step)
         return {**sums, "gradient_norm": float(norm)}
+
+    def _explain_divergence(self) -> str:
+        kept = f"; {self.checkpoint} holds a good state" if self.checkpoint.exists() else ""
+        return (
+            f"the loss of step {self.step + 1} is not a number; lower optim.lr (now "
+            f"{self._optim.lr}) or loop.clip, or set loop.autocast to off{kept}"
+        )
 
     def _loader(self, epoch: int, start: int) -> DataLoader[dict[str, Any]]:
         config = self._config

@@ -7,19 +7,25 @@
 """
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import Field
 
 from exports.images import ImageSpec
 from exports.manifest import Generation
 from exports.text import TextSpec, Tokenizer
 from trainer.captioner import Captioner
-from trainer.config import Config, validate
+from trainer.config import Config, validate, write_resolved
+from trainer.data import Example
 from trainer.errors import CheckpointError
 from trainer.loop import CHECKPOINT, Loop, load_kept_weights
 from trainer.optim import Optim
+from trainer.probes import ProbeConfig
+from trainer.tokenizer import train_tokenizer
 from trainer.transforms import Augment
 
 
@@ -62,6 +68,98 @@ class Recipe(Config):
     optim: Optim = Optim()
     loop: Loop
     generation: Generation = Field(default_factory=Generation)
+
+
+class RawData(Config):
+    """Keys of `[data]` of a recipe that learns from raw images."""
+
+    train: Path
+    """Any data set (see `trainer.data`); captions are read by methods that learn from them alone.
+    """
+    images: Path | None = None
+    """The folder that image names are relative to; by default found beside the files."""
+    train_split: str | None = None
+    scale: float = Field(default=1.25, ge=1)
+    """Decoded images are kept this much larger than `[image]`, so that crops of them stay sharp."""
+    max_tokens: int = Field(default=40, ge=3)
+    """Longer captions are cut."""
+
+
+class PretrainRecipe(Config):
+    """A recipe that trains an encoder without labels."""
+
+    seed: int = 0
+    data: RawData
+    image: ImageSpec
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    encoder: dict[str, Any]
+    method: dict[str, Any]
+    augment: Augment = Augment()
+    second_view: Augment | None = None
+    """Augmentations of the second view, where they differ from the first's."""
+    optim: Optim = Optim()
+    loop: Loop
+    probe: ProbeConfig = ProbeConfig()
+
+    @property
+    def stored_image(self) -> ImageSpec:
+        """What decoded images look like before a view is cut from them."""
+        height, width = (
+            round(side * self.data.scale) for side in (self.image.height, self.image.width)
+        )
+        return self.image.model_copy(update={"height": height, "width": width})
+
+
+@contextmanager
+def claimed(config: Config, folder: Path, *, changeable: Any) -> Iterator[None]:
+    """Holds a run's folder for this process, and writes the recipe there.
+
+    Args:
+        config: the recipe.
+        folder: of the run; made if absent.
+        changeable: keys that may differ from those that the run there was begun with: what is
+            learnt is the same. As pydantic's `exclude`.
+
+    Raises:
+        CheckpointError: another process trains there, or the run there is of another recipe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            _claim(config, folder, changeable)
+            yield
+    except Timeout as error:
+        raise CheckpointError(f"{folder}: another process is training there") from error
+
+
+def _claim(config: Config, folder: Path, changeable: Any) -> None:
+    path = folder / "recipe.json"
+    if (folder / CHECKPOINT).exists() and path.exists():
+        begun = validate(type(config), json.loads(path.read_text(encoding="utf-8")), str(path))
+        old, new = (one.model_dump(mode="json", exclude=changeable) for one in (begun, config))
+        if old != new:
+            table = next(name for name in new if old[name] != new[name])
+            raise CheckpointError(
+                f"{folder}: holds a run of another recipe ({table}: {old[table]}, here "
+                f"{new[table]}); choose another folder with --out, or remove this one"
+            )
+    else:
+        (folder / "text.json").unlink(missing_ok=True)  # of a run that never saved
+    write_resolved(config, path)
+
+
+def run_tokenizer(
+    examples: Sequence[Example], *, vocab_size: int, max_length: int, folder: Path
+) -> tuple[TextSpec, Tokenizer]:
+    """Returns the tokenizer of a run's folder: trained once, then read, so that ids stay."""
+    path, spec_path = folder / "tokenizer.json", folder / "text.json"
+    if not spec_path.exists():
+        captions = (caption for example in examples for caption in example.captions)
+        body, text = train_tokenizer(captions, vocab_size=vocab_size, max_length=max_length)
+        path.write_bytes(body)
+        spec_path.write_text(text.model_dump_json() + "\n", encoding="utf-8")
+    text = TextSpec.model_validate_json(spec_path.read_text(encoding="utf-8"))
+    return text, Tokenizer(path.read_bytes(), text)
 
 
 class Run:

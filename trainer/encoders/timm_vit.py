@@ -1,8 +1,12 @@
 """A timm vision transformer; its patch tokens, class token first where there is one."""
 
-from torch import Tensor
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
 
 from trainer.encoders._timm import TimmConfig, TimmEncoder
+from trainer.errors import ConfigError
 
 
 class Config(TimmConfig):
@@ -30,3 +34,78 @@ class Encoder(TimmEncoder):
         """Returns image_tokens (B, N, D) and pooled (B, D), as timm pools for classification."""
         image_tokens = self.backbone.forward_features(self.normalise(images))
         return image_tokens, self.backbone.forward_head(image_tokens, pre_logits=True)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        rows, columns = self.backbone.patch_embed.grid_size
+        return int(rows), int(columns)
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        height, width = self.backbone.patch_embed.patch_size
+        return int(height), int(width)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that stand before the patches', such as the class token."""
+        return int(getattr(self.backbone, "num_prefix_tokens", 1))
+
+    def visible_tokens(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """Returns the tokens (B, prefix + V, D) of an encoder that sees some patches only.
+
+        Args:
+            images: (B, 3, H, W), in 0..255.
+            ids_keep: (B, V), which patches, row by row from the top left.
+
+        Raises:
+            ConfigError: the backbone has no place where patches can be dropped.
+        """
+        if not hasattr(self.backbone, "patch_drop"):
+            raise ConfigError(
+                f"{type(self.backbone).__name__} cannot leave patches out; take a plain vision "
+                "transformer, such as vit_small_patch16_224"
+            )
+
+        def keep(tokens: Tensor) -> Tensor:
+            prefix, patches = tokens.tensor_split([self.prefix_tokens], dim=1)
+            index = ids_keep[:, :, None].expand(-1, -1, patches.shape[2])
+            return torch.cat([prefix, patches.gather(1, index)], dim=1)
+
+        with _Replaced(self.backbone.patch_drop, keep):
+            tokens: Tensor = self.backbone.forward_features(self.normalise(images))
+        return tokens
+
+    def masked_tokens(self, images: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+        """Returns the tokens (B, prefix + N, D) of images some of whose patches are unknown.
+
+        Args:
+            images: (B, 3, H, W), in 0..255.
+            mask: (B, N), true where `mask_token` takes the place of a patch's embedding.
+            mask_token: (D,).
+        """
+
+        def hide(patches: Tensor) -> Tensor:
+            flat = patches.view(len(patches), -1, patches.shape[-1])
+            hidden = torch.where(mask[:, :, None], mask_token.to(flat.dtype), flat)
+            return hidden.view_as(patches)
+
+        with _Replaced(self.backbone.patch_embed, hide):
+            tokens: Tensor = self.backbone.forward_features(self.normalise(images))
+        return tokens
+
+
+class _Replaced:
+    """While it is open, what a module returns goes through a function."""
+
+    def __init__(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        self._module, self._change = module, change
+
+    def __enter__(self) -> None:
+        self._hook = self._module.register_forward_hook(
+            lambda module, given, output: self._change(output)
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()

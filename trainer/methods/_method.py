@@ -1,9 +1,9 @@
 """What every self-supervised method is given, and what the stage may ask of it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from exports.text import TextSpec
 from trainer.config import Config as BaseConfig
@@ -69,9 +69,9 @@ class Method(Objective):
     reads_captions: ClassVar[bool] = False
     divisible: ClassVar[bool] = True
 
-    def __init__(self, config: MethodConfig, encoder: nn.Module, setting: Setting) -> None:
+    def __init__(self, config: MethodConfig, encoder: Any, setting: Setting) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
         self.setting = setting
         freeze_prefixes(self, config.frozen)
 

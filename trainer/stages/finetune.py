@@ -1,29 +1,25 @@
 """`python -m trainer finetune RECIPE`: a captioner from images and their captions."""
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from exports.text import TextSpec, Tokenizer
 from trainer import variants
 from trainer.captioner import Captioner
-from trainer.config import validate, write_resolved
 from trainer.data import Example, check_apart, describe, read_examples
 from trainer.dataset import CaptionDataset
 from trainer.decoding import TorchSteps, best_hypotheses
-from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.loop import CHECKPOINT, TrainingLoop
+from trainer.errors import ConfigError, DataError
+from trainer.loop import TrainingLoop
 from trainer.metrics import bleu, cider, distinct
 from trainer.photos import load_all, usable_examples
 from trainer.run import Recipe as Config
-from trainer.run import Run, build_captioner
+from trainer.run import Run, build_captioner, claimed, run_tokenizer
 from trainer.splits import split_examples
-from trainer.tokenizer import train_tokenizer
 from trainer.transforms import Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
@@ -40,16 +36,11 @@ def run(config: Config, out_dir: Path) -> None:
     Raises:
         CheckpointError: another process trains there, or the run there is of another recipe.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out_dir / ".lock", timeout=0):
-            _train(config, out_dir)
-    except Timeout as error:
-        raise CheckpointError(f"{out_dir}: another process is training there") from error
+    with claimed(config, out_dir, changeable=_CHANGEABLE):
+        _train(config, out_dir)
 
 
 def _train(config: Config, out_dir: Path) -> None:
-    _claim(config, out_dir)
     examples, held_out = _read(config)
     text, tokenizer = _tokenizer(config, examples, out_dir)
     torch.manual_seed(config.seed)
@@ -76,23 +67,6 @@ def _train(config: Config, out_dir: Path) -> None:
         folder=out_dir,
         evaluate=_evaluation(config, captioner, tokenizer, held_out) if held_out else None,
     ).run()
-
-
-def _claim(config: Config, out_dir: Path) -> None:
-    """Writes the recipe, unless the folder's run is of another one."""
-    path = out_dir / "recipe.json"
-    if (out_dir / CHECKPOINT).exists() and path.exists():
-        begun = validate(Config, json.loads(path.read_text(encoding="utf-8")), str(path))
-        old, new = (one.model_dump(mode="json", exclude=_CHANGEABLE) for one in (begun, config))
-        if old != new:
-            table = next(name for name in new if old[name] != new[name])
-            raise CheckpointError(
-                f"{out_dir}: holds a run of another recipe ({table}: {old[table]}, here "
-                f"{new[table]}); choose another folder with --out, or remove this one"
-            )
-    else:
-        (out_dir / "text.json").unlink(missing_ok=True)  # of a run that never saved
-    write_resolved(config, path)
 
 
 def _read(config: Config) -> tuple[list[Example], list[Example]]:
@@ -123,23 +97,17 @@ def read_captioned(source: Path, images: Path | None, split: str | None) -> list
 def _tokenizer(
     config: Config, examples: list[Example], out_dir: Path
 ) -> tuple[TextSpec, Tokenizer]:
-    """Returns the run's tokenizer: trained once, then read back, so that ids never change."""
-    path, spec_path = out_dir / "tokenizer.json", out_dir / "text.json"
-    if config.start is not None and not spec_path.exists():
+    if config.start is not None and not (out_dir / "text.json").exists():
         start = Run(config.start)
-        path.write_bytes(start.tokenizer_json)
-        spec_path.write_text(start.text.model_dump_json() + "\n", encoding="utf-8")
-    if not spec_path.exists():
-        _, decoder = variants.parse("decoders", config.decoder)
-        body, text = train_tokenizer(
-            (caption for example in examples for caption in example.captions),
-            vocab_size=config.tokenizer.vocab_size,
-            max_length=getattr(decoder, "max_length"),  # noqa: B009  every decoder's Config has it
-        )
-        path.write_bytes(body)
-        spec_path.write_text(text.model_dump_json() + "\n", encoding="utf-8")
-    text = TextSpec.model_validate_json(spec_path.read_text(encoding="utf-8"))
-    return text, Tokenizer(path.read_bytes(), text)
+        (out_dir / "tokenizer.json").write_bytes(start.tokenizer_json)
+        (out_dir / "text.json").write_text(start.text.model_dump_json() + "\n", encoding="utf-8")
+    _, decoder = variants.parse("decoders", config.decoder)
+    return run_tokenizer(
+        examples,
+        vocab_size=config.tokenizer.vocab_size,
+        max_length=getattr(decoder, "max_length"),  # noqa: B009  every decoder's Config has it
+        folder=out_dir,
+    )
 
 
 def _evaluation(

@@ -1,0 +1,59 @@
+"""What an encoder is worth, measured without training it further."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from exports.images import ImageSpec
+from trainer.config import Config
+from trainer.data import Example
+from trainer.photos import load_all
+
+
+class ProbeConfig(Config):
+    """Keys of `[probe]`."""
+
+    captioned: Path | None = None
+    """A few captioned images: what the caption probe may copy from."""
+    captioned_split: str | None = None
+    dev: Path | None = None
+    """Captioned images on which the caption probe is measured; needs `captioned`."""
+    dev_split: str | None = None
+    images: Path | None = None
+    """The folder that the image names of both are relative to."""
+    sample: int = Field(default=1000, ge=2)
+    """How many of the raw images RankMe, alignment and uniformity look at."""
+
+
+class Probes:
+    """Measures an encoder after every epoch."""
+
+    def __init__(
+        self, config: ProbeConfig, image: ImageSpec, examples: Sequence[Example], *, seed: int
+    ) -> None:
+        del seed
+        pixels = load_all(examples[: config.sample], image)
+        self._images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def measure(self, encoder: Any) -> dict[str, float]:
+        """Returns the figures by name."""
+        device = next(encoder.parameters()).device
+        batches = self._images.split(64)
+        features = torch.cat([encoder(batch.to(device))[1].float().cpu() for batch in batches])
+        return {"probe/rankme": rankme(features)}
+
+
+def rankme(features: Tensor) -> float:
+    """Returns the effective rank of features (n, D), from 1 to min(n, D).
+
+    Garrido et al., 2022, "RankMe", https://arxiv.org/abs/2210.02885, equation 1: the exponential of
+    the entropy of the normalised singular values.
+    """
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + 1e-7
+    return float((-(shares * shares.log()).sum()).exp())

@@ -1,0 +1,194 @@
+"""`python -m trainer pretrain RECIPE`: an encoder from raw images, by a self-supervised method.
+
+Beside what every run writes (see `trainer.run`) the folder gets `probes.png`, the probes over the
+epochs, and `pictures.png` where the method has pictures to show.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from exports.text import TextSpec
+from trainer import variants
+from trainer.data import Example, describe, read_examples
+from trainer.dataset import ViewDataset
+from trainer.errors import ConfigError, DataError
+from trainer.loop import CHECKPOINT, TrainingLoop
+from trainer.methods._method import Method, Setting
+from trainer.photos import load_all, usable_examples
+from trainer.probes import Probes
+from trainer.run import PretrainRecipe as Config
+from trainer.run import claimed, run_tokenizer
+from trainer.transforms import Transform
+
+# Keys of a recipe that may change while its run is under way: what is learnt is the same.
+_CHANGEABLE: Any = {
+    "loop": {"workers", "save_every", "evaluate_every", "device"},
+    "probe": True,
+}
+_PICTURED = 8  # images of `pictures.png`
+
+
+def run(config: Config, out_dir: Path) -> None:
+    """Trains (or goes on training) the recipe's method in `out_dir`.
+
+    Raises:
+        CheckpointError: another process trains there, or the run there is of another recipe.
+        ConfigError: the data cannot make such batches, or the encoder does not suit the method.
+        DivergenceError: a loss is not a number.
+    """
+    with claimed(config, out_dir, changeable=_CHANGEABLE):
+        _train(config, out_dir)
+
+
+def _train(config: Config, out_dir: Path) -> None:
+    module, method_config = variants.parse("methods", config.method)
+    examples = _read(config, reads_captions=module.Method.reads_captions)
+    _check_batches(config, module.Method, len(examples))
+    text, token_ids = None, None
+    if module.Method.reads_captions:
+        text, token_ids = _token_ids(config, examples, out_dir)
+    torch.manual_seed(config.seed)
+    encoder_module, encoder_config = variants.parse("encoders", config.encoder)
+    size = (config.image.height, config.image.width)
+    encoder = encoder_module.Encoder(encoder_config, size)
+    batches = len(examples) // config.loop.batch_size // config.loop.accumulate
+    method = module.Method(
+        method_config,
+        encoder,
+        Setting(len(examples), config.loop.batch_size, batches * config.loop.epochs, text),
+    )
+    images = load_all(examples, config.stored_image)
+    first = Transform(config.augment, size)
+    others = Transform(config.second_view or config.augment, size)
+    transforms = [first, *[others] * (module.Method.views - 1)]
+    dataset = ViewDataset(
+        images,
+        transforms,
+        seed=config.seed,
+        token_ids=token_ids,
+        pad_id=text.pad_id if text else 0,
+    )
+    if not (out_dir / CHECKPOINT).exists():
+        _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
+    report = Report(config, examples, images, method, out_dir)
+    if not (out_dir / CHECKPOINT).exists():
+        report.before()
+    TrainingLoop(
+        method,
+        dataset,
+        config=config.loop,
+        optim=config.optim,
+        seed=config.seed,
+        folder=out_dir,
+        evaluate=report.after_epoch,
+    ).run()
+
+
+def _read(config: Config, *, reads_captions: bool) -> list[Example]:
+    data = config.data
+    examples = read_examples(data.train, images=data.images, split=data.train_split)
+    print(describe(data.train, examples))
+    if reads_captions:
+        examples = [example for example in examples if example.captions]
+        if not examples:
+            raise DataError(
+                f"{data.train}: no image has a caption, and method {config.method['name']!r} "
+                "learns from captions"
+            )
+    return usable_examples(examples)
+
+
+def _check_batches(config: Config, method: type[Method], images: int) -> None:
+    size, accumulate = config.loop.batch_size, config.loop.accumulate
+    if images < 2:
+        raise DataError(f"{config.data.train}: {images} image; learning needs at least 2")
+    if size > images:
+        raise ConfigError(f"loop.batch_size = {size}, but there are {images} images; take {images}")
+    if size < 2:
+        raise ConfigError(f"loop.batch_size = {size}; a batch needs at least 2 images")
+    if accumulate > 1 and not method.divisible:
+        raise ConfigError(
+            f"loop.accumulate = {accumulate}, but {config.method['name']!r} compares the images of "
+            "a batch with each other: for batches larger than memory set method.chunk"
+        )
+
+
+def _token_ids(
+    config: Config, examples: list[Example], out_dir: Path
+) -> tuple[TextSpec, list[list[list[int]]]]:
+    """Returns the captions' vocabulary, and every image's captions as ids."""
+    text, tokenizer = run_tokenizer(
+        examples,
+        vocab_size=config.tokenizer.vocab_size,
+        max_length=config.data.max_tokens,
+        folder=out_dir,
+    )
+    longest = text.max_length - 2
+    return text, [
+        [[text.bos_id, *tokenizer.encode(c)[:longest], text.eos_id] for c in example.captions]
+        for example in examples
+    ]
+
+
+def _prepare(config: Config, method: Method, dataset: ViewDataset, out_dir: Path) -> None:
+    """Trains what the method needs first, in a folder of its own."""
+    preparation = method.preparation()
+    if preparation is None:
+        return
+    print(f"first the {preparation.name}, {preparation.epochs} epochs")
+    folder = out_dir / preparation.name
+    folder.mkdir(exist_ok=True)
+    TrainingLoop(
+        preparation.objective,
+        dataset,
+        config=config.loop.model_copy(update={"epochs": preparation.epochs, "ema": 0.0}),
+        optim=config.optim.model_copy(update={"lr": preparation.lr, "scales": {}}),
+        seed=config.seed,
+        folder=folder,
+    ).run()
+
+
+class Report:
+    """What is measured and shown of a method after each epoch."""
+
+    def __init__(
+        self,
+        config: Config,
+        examples: list[Example],
+        images: NDArray[np.uint8],
+        method: Method,
+        out_dir: Path,
+    ) -> None:
+        self._method, self._folder = method, out_dir
+        self._probes = Probes(config.probe, config.image, examples, seed=config.seed)
+        self._pictured = images[:: max(1, len(images) // _PICTURED)][:_PICTURED]
+        self._resize = Transform(type(config.augment)(), (config.image.height, config.image.width))
+
+    def before(self) -> None:
+        """Prints the probes of the encoder that the run begins with."""
+        self._method.eval()
+        figures = self._probes.measure(self._method.encoder)
+        print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """Returns the probes, and renews the pictures."""
+        del epoch
+        figures = self._probes.measure(self._method.encoder)
+        self._draw_pictures()
+        return figures
+
+    def _draw_pictures(self) -> None:
+        device = next(self._method.parameters()).device
+        pixels = torch.from_numpy(self._pictured).permute(0, 3, 1, 2)
+        views = torch.stack([self._resize(image, 0, flip="never") for image in pixels])
+        pictures = self._method.pictures(views.to(device))
+        if pictures is not None:
+            rows = pictures.cpu().permute(0, 3, 1, 4, 2)  # (B, H, P, W, 3)
+            height, width = rows.shape[0] * rows.shape[1], rows.shape[2] * rows.shape[3]
+            sheet = rows.reshape(height, width, 3).numpy()
+            Image.fromarray(sheet).save(self._folder / "pictures.png")
