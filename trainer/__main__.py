@@ -7,6 +7,7 @@ from pathlib import Path
 from exports.errors import ExportsError
 from trainer import variants
 from trainer.config import read_recipe, validate
+from trainer.distributed import launch
 from trainer.errors import TrainerError
 
 
@@ -17,12 +18,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="a TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", type=Path, help="folder of the run (runs/<recipe name>)")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that share every batch (Ray Train)"
+    )
+    arguments = parser.parse_intermixed_args(argv)
     try:
         stage = variants.load("stages", arguments.stage)
         recipe = read_recipe(arguments.recipe, arguments.overrides)
         config = validate(stage.Config, recipe, str(arguments.recipe))
-        stage.run(config, arguments.out or Path("runs") / arguments.recipe.stem)
+        out_dir = arguments.out or Path("runs") / arguments.recipe.stem
+        if arguments.workers > 1:
+            launch(arguments.workers, arguments.stage, recipe, str(arguments.recipe), out_dir)
+        else:
+            stage.run(config, out_dir)
     except (TrainerError, ExportsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

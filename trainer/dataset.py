@@ -168,11 +168,21 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         seed: with `epoch`, decides the order.
         epoch: counted from 0.
         start: batches to skip, for a resume in the middle of an epoch.
+        part: (w, W): of every batch, the w-th of W equal parts.
     """
 
-    def __init__(self, size: int, batch_size: int, *, seed: int, epoch: int, start: int = 0):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        part: tuple[int, int] = (0, 1),
+    ):
         self._size, self._batch_size, self._epoch, self._start = size, batch_size, epoch, start
-        self._seed = seed
+        self._seed, self._part = seed, part
 
     def __len__(self) -> int:
         return max(1, self._size // self._batch_size) - self._start
@@ -182,4 +192,6 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         random.Random(f"{self._seed}-{self._epoch}").shuffle(order)
         for batch in range(self._start, self._start + len(self)):
             rows = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-            yield [(self._epoch, index) for index in rows]
+            worker, workers = self._part
+            share = len(rows) // workers
+            yield [(self._epoch, index) for index in rows[worker * share : (worker + 1) * share]]

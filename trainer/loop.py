@@ -13,6 +13,14 @@ from torch.utils.data import DataLoader
 from trainer.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
 from trainer.config import Config
 from trainer.dataset import EpochSampler, TrainingData
+from trainer.distributed import (
+    average_gradients,
+    averaged,
+    rank,
+    synchronise_norms,
+    worker_folder,
+    world_size,
+)
 from trainer.errors import CheckpointError, ConfigError, DivergenceError
 from trainer.objective import Objective
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
@@ -78,6 +86,7 @@ class TrainingLoop:
         self._objective = objective.to(self.device)
         # Convolutions on a CPU run half as long in this layout.
         self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        synchronise_norms(self._objective)
         self._dataset, self._evaluate = dataset, evaluate
         self._optimizer = build_optimizer(objective, optim)
         self._average = MovingAverage(objective, config.ema) if config.ema else None
@@ -86,6 +95,11 @@ class TrainingLoop:
         if config.accumulate > batches:
             raise ConfigError(
                 f"loop.accumulate = {config.accumulate}, but an epoch has {batches} batches"
+            )
+        if min(config.batch_size, len(dataset)) % world_size():
+            raise ConfigError(
+                f"batches of {min(config.batch_size, len(dataset))} images cannot be shared evenly "
+                f"by {world_size()} workers; change loop.batch_size"
             )
         self._epoch_steps = batches // config.accumulate
         self.total = config.epochs * self._epoch_steps
@@ -100,7 +114,7 @@ class TrainingLoop:
         """Trains to the end, resuming where a checkpoint is."""
         if self.checkpoint.exists():
             self._load()
-        with RunLog(self._folder, total=self.total, start=self.step) as log:
+        with RunLog(worker_folder(self._folder), total=self.total, start=self.step) as log:
             for epoch in range(self.step // self._epoch_steps, self._config.epochs):
                 self._objective.before_epoch(epoch)
                 self._epoch(epoch, log)
@@ -120,7 +134,11 @@ class TrainingLoop:
 
     def _finish_epoch(self, epoch: int, log: RunLog) -> None:
         last = epoch + 1 == self._config.epochs
-        if self._evaluate and (last or (epoch + 1) % self._config.evaluate_every == 0):
+        if (
+            self._evaluate
+            and rank() == 0
+            and (last or (epoch + 1) % self._config.evaluate_every == 0)
+        ):
             with self._kept_weights():
                 self._objective.eval()
                 figures = self._evaluate(epoch)
@@ -130,7 +148,7 @@ class TrainingLoop:
         self._save()
 
     def _train_step(self, batches: list[dict[str, Any]]) -> dict[str, float]:
-        torch.manual_seed((self._seed << 32) + self.step)
+        torch.manual_seed((self._seed << 32) + (rank() << 24) + self.step)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total, self._optim) * group["scale"]
         sums: dict[str, float] = {}
@@ -144,6 +162,7 @@ class TrainingLoop:
             self._scaler.scale(losses["loss"] / len(batches)).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(batches)
+        average_gradients(self._objective.parameters())
         self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self._objective.parameters(), self._config.clip)
         self._scaler.step(self._optimizer)
@@ -153,7 +172,7 @@ class TrainingLoop:
         if self._average:
             self._average.update(self.step)
         self._objective.after_step(self.step)
-        return {**sums, "gradient_norm": float(norm)}
+        return {**averaged(sums), "gradient_norm": float(norm)}
 
     def _explain_divergence(self) -> str:
         kept = f"; {self.checkpoint} holds a good state" if self.checkpoint.exists() else ""
@@ -167,7 +186,12 @@ class TrainingLoop:
         return DataLoader(
             self._dataset,
             batch_sampler=EpochSampler(
-                len(self._dataset), config.batch_size, seed=self._seed, epoch=epoch, start=start
+                len(self._dataset),
+                config.batch_size,
+                seed=self._seed,
+                epoch=epoch,
+                start=start,
+                part=(rank(), world_size()),
             ),
             collate_fn=self._dataset.collate,
             num_workers=config.workers,
@@ -184,6 +208,8 @@ class TrainingLoop:
         return _Swapped(self._average) if self._average else nullcontext()
 
     def _save(self) -> None:
+        if rank():
+            return
         tensors = {f"objective.{k}": v for k, v in self._objective.state_dict().items()}
         packed = pack_optimizer(self._optimizer)
         tensors |= {f"optimizer.{name}": tensor for name, tensor in packed.items()}

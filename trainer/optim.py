@@ -1,7 +1,8 @@
 """What is trained and how fast: freezing, AdamW groups, the schedule, the moving average."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -14,9 +15,12 @@ from trainer.errors import ConfigError
 class Optim(Config):
     """Keys of `[optim]`."""
 
+    name: Literal["adamw", "lars"] = "adamw"
+    """LARS is for contrastive batches from 512 images on; its rate is near 0.3 * batch / 256."""
     lr: float = 1e-3
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW; the first is LARS's momentum."""
     warmup: float = 0.05
     """Share of all steps over which the rate rises from 0."""
     final: float = 0.01
@@ -44,12 +48,12 @@ def _is_below(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.AdamW:
-    """Returns AdamW over every parameter of `module`.
+def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
+    """Returns the optimiser over every parameter of `module`.
 
     Vectors (norms, biases) and embeddings of positions are not decayed; the longest prefix in
     `config.scales` that fits decides a parameter's rate. Parameters that are frozen now take part
-    too: without a gradient AdamW leaves them alone.
+    too: without a gradient they are left alone.
 
     Raises:
         ConfigError: a prefix in `config.scales` that names no parameter.
@@ -70,7 +74,55 @@ def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.AdamW:
         {"params": parameters, "lr": config.lr * scale, "weight_decay": decay, "scale": scale}
         for (scale, decay), parameters in groups.items()
     ]
+    if config.name == "lars":
+        return Lars(rows, lr=config.lr, momentum=config.betas[0])
     return torch.optim.AdamW(rows, lr=config.lr, betas=config.betas)
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum whose step of each matrix is in proportion to the matrix's own norm.
+
+    With d the decay, g the gradient and eta the trust coefficient, the momentum takes in
+
+        u = eta |w| / (|g| + d |w|) * (g + d w),
+
+    and plain g for parameters without decay: norms and biases. You et al., 2017, "Large Batch
+    Training of Convolutional Networks", https://arxiv.org/abs/1708.03888, algorithm 1, with the
+    exclusions of SimCLR, https://arxiv.org/abs/2002.05709, section B.6.
+
+    Args:
+        params: groups, each with its `weight_decay`; those with 0 are not adapted.
+        lr: the global rate.
+        momentum: how much of the last step stays.
+        trust: eta.
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, momentum: float = 0.9, trust: float = 1e-3
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Takes one step; a closure is not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            decay = group["weight_decay"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                update = weight.grad
+                if decay:
+                    size, slope = weight.norm(), weight.grad.norm()
+                    adapted = group["trust"] * size / (slope + decay * size)
+                    scale = torch.where((size > 0) & (slope > 0), adapted, 1.0)
+                    update = (update + decay * weight) * scale
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                weight.add_(buffer, alpha=-group["lr"])
 
 
 def learning_rate(step: int, total: int, config: Optim) -> float:

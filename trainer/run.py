@@ -21,6 +21,7 @@ from exports.text import TextSpec, Tokenizer
 from trainer.captioner import Captioner
 from trainer.config import Config, validate, write_resolved
 from trainer.data import Example
+from trainer.distributed import barrier, rank
 from trainer.errors import CheckpointError
 from trainer.loop import CHECKPOINT, Loop, load_kept_weights
 from trainer.optim import Optim
@@ -123,10 +124,15 @@ def claimed(config: Config, folder: Path, *, changeable: Any) -> Iterator[None]:
     Raises:
         CheckpointError: another process trains there, or the run there is of another recipe.
     """
+    if rank():  # the first worker holds it for all
+        barrier()
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             _claim(config, folder, changeable)
+            barrier()
             yield
     except Timeout as error:
         raise CheckpointError(f"{folder}: another process is training there") from error
@@ -153,11 +159,12 @@ def run_tokenizer(
 ) -> tuple[TextSpec, Tokenizer]:
     """Returns the tokenizer of a run's folder: trained once, then read, so that ids stay."""
     path, spec_path = folder / "tokenizer.json", folder / "text.json"
-    if not spec_path.exists():
+    if rank() == 0 and not spec_path.exists():
         captions = (caption for example in examples for caption in example.captions)
         body, text = train_tokenizer(captions, vocab_size=vocab_size, max_length=max_length)
         path.write_bytes(body)
         spec_path.write_text(text.model_dump_json() + "\n", encoding="utf-8")
+    barrier()
     text = TextSpec.model_validate_json(spec_path.read_text(encoding="utf-8"))
     return text, Tokenizer(path.read_bytes(), text)
 

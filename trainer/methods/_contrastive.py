@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from trainer.distributed import gathered, rank
+
 
 def projection_head(*widths: int, last_norm: bool = False, affine: bool = True) -> nn.Sequential:
     """Returns an MLP with BatchNorm and ReLU between its layers.
@@ -56,7 +58,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 
 
 def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """Returns the cross-entropy of finding each query's own key among all N.
+    """Returns the cross-entropy of finding each query's own key among all workers' keys.
 
     van den Oord et al., 2018, https://arxiv.org/abs/1807.03748, equation 4.
 
@@ -65,8 +67,8 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
         keys: (N, D), of the same images.
         temperature: t.
     """
-    logits = queries.float() @ keys.float().T / temperature
-    return F.cross_entropy(logits, torch.arange(len(queries), device=queries.device))
+    own = torch.arange(len(queries), device=queries.device) + rank() * len(queries)
+    return F.cross_entropy(queries.float() @ gathered(keys).float().T / temperature, own)
 
 
 def in_chunks(encode: nn.Module, images: Tensor, chunk: int) -> Tensor:
@@ -102,14 +104,16 @@ def _contexts(
 @contextmanager
 def _still_statistics(module: nn.Module) -> Iterator[None]:
     norms = [one for one in module.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
-    tracking = [norm for norm in norms if norm.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
+    kept = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+        for norm, momentum, counter in kept:
+            norm.momentum, norm.num_batches_tracked = momentum, counter
 
 
 class Pooled(nn.Module):

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.distributed import gathered
 from trainer.methods._contrastive import Pooled, in_chunks
 from trainer.methods._method import Method as BaseMethod
 from trainer.methods._method import MethodConfig, Setting
@@ -63,12 +64,17 @@ class Method(BaseMethod):
         captions = self.text_encoder(batch["token_ids"], batch["lengths"])
         captions = F.normalize(self.text_projection(captions).float(), dim=1)
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
+        images, captions = gathered(images), gathered(captions)
         logits = scale * images @ captions.T
-        targets = same_captions(batch["token_ids"])
+        targets = same_captions(gathered(self._full_length(batch["token_ids"])))
         with torch.no_grad():
             hits = targets.gather(1, logits.argmax(1, keepdim=True)).gt(0).float().mean()
         loss = clip_loss(logits, targets)
         return {"loss": loss, "logit_scale": scale.detach(), "caption_accuracy": hits}
+
+    def _full_length(self, token_ids: Tensor) -> Tensor:
+        """Returns (B, longest), as wide as every other worker's."""
+        return F.pad(token_ids, (0, len(self.text_encoder.position) - token_ids.shape[1]))
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

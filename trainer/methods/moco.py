@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.distributed import gathered
 from trainer.errors import ConfigError
 from trainer.methods._contrastive import Pooled, in_chunks, info_nce, projection_head
 from trainer.methods._method import Method as BaseMethod
@@ -94,10 +95,19 @@ class Method(BaseMethod):
         queries = F.normalize(self.head(pooled).float(), dim=1)
         keys = self._shuffled_keys(second)
         if self.training:
-            self._new_keys.append(keys)
+            self._new_keys.append(gathered(keys))
+        return self.queue_loss(queries, keys, self.queue)
+
+    def queue_loss(self, queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
+        """Returns the cross-entropy of finding each query's own key beside those of the queue.
+
+        Args:
+            queries: (B, D), unit length like all of them.
+            keys: (B, D), of the same images.
+            queue: (K, D).
+        """
         own = (queries * keys).sum(1, keepdim=True)
-        others = queries @ self.queue.T
-        logits = torch.cat([own, others], dim=1) / self._config.temperature
+        logits = torch.cat([own, queries @ queue.T], dim=1) / self._config.temperature
         return F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64))
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.distributed import gathered
 from trainer.methods._contrastive import Pooled, in_chunks, nt_xent, projection_head
 from trainer.methods._method import Method as BaseMethod
 from trainer.methods._method import MethodConfig, Setting
@@ -49,5 +50,6 @@ class Method(BaseMethod):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the loss."""
         pooled = in_chunks(Pooled(self.encoder), batch["images"], self._config.chunk)
-        first, second = F.normalize(self.head(pooled).float(), dim=1).chunk(2)
+        views = F.normalize(self.head(pooled).float(), dim=1).chunk(2)
+        first, second = (gathered(view) for view in views)
         return {"loss": nt_xent(first, second, self._config.temperature)}

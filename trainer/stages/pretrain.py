@@ -16,6 +16,7 @@ from exports.text import TextSpec
 from trainer import variants
 from trainer.data import Example, describe, read_examples
 from trainer.dataset import ViewDataset
+from trainer.distributed import rank
 from trainer.errors import ConfigError, DataError
 from trainer.loop import CHECKPOINT, TrainingLoop
 from trainer.methods._method import Method, Setting
@@ -76,7 +77,7 @@ def _train(config: Config, out_dir: Path) -> None:
     if not (out_dir / CHECKPOINT).exists():
         _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
     report = Report(config, examples, images, method, out_dir)
-    if not (out_dir / CHECKPOINT).exists():
+    if not (out_dir / CHECKPOINT).exists() and rank() == 0:
         report.before()
     TrainingLoop(
         method,
