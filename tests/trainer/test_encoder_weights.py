@@ -59,10 +59,11 @@ def pixels(size: tuple[int, int] = (32, 32)) -> Tensor:
     return torch.randint(0, 256, (2, 3, *size), generator=generator, dtype=torch.uint8)
 
 
-def saved(module: nn.Module, path: Path) -> Path:
-    """Writes a transformers model as its authors' files have it."""
+def saved(module: nn.Module, path: Path) -> list[Path]:
+    """Writes a transformers model by the names of its files, and by those of its modules."""
     module.save_pretrained(path)
-    return path / "model.safetensors"
+    torch.save(module.state_dict(), path / "modules.pth")
+    return [path / "model.safetensors", path / "modules.pth"]
 
 
 @torch.no_grad()
@@ -77,9 +78,7 @@ def assert_same_tokens(encoder, expected) -> None:
 def test_transformers_vit(tmp_path: Path, capsys) -> None:
     config = transformers.ViTConfig(**SHARED)
     reference = shaken(transformers.ViTForImageClassification(config))
-    in_memory = tmp_path / "memory.pth"
-    torch.save(reference.state_dict(), in_memory)
-    for path in (saved(reference, tmp_path), in_memory):
+    for path in saved(reference, tmp_path):
         capsys.readouterr()
         encoder = encoder_of(path)
         assert_same_tokens(encoder, lambda x: reference.vit(x).last_hidden_state)
@@ -91,8 +90,9 @@ def test_transformers_vit(tmp_path: Path, capsys) -> None:
 def test_transformers_vit_of_an_oblong_image(tmp_path: Path) -> None:
     config = transformers.ViTConfig(**{**SHARED, "image_size": (32, 48)})
     reference = shaken(transformers.ViTModel(config, add_pooling_layer=False))
-    encoder = encoder_of(saved(reference, tmp_path), size=(32, 48))
-    assert_same_tokens(encoder, lambda x: reference(x).last_hidden_state)
+    for path in saved(reference, tmp_path):
+        encoder = encoder_of(path, size=(32, 48))
+        assert_same_tokens(encoder, lambda x: reference(x).last_hidden_state)
 
 
 def test_transformers_mae(tmp_path: Path) -> None:
@@ -104,9 +104,10 @@ def test_transformers_mae(tmp_path: Path) -> None:
     }
     config = transformers.ViTMAEConfig(**SHARED, **decoder, mask_ratio=0.0)
     reference = shaken(transformers.ViTMAEForPreTraining(config))
-    encoder = encoder_of(saved(reference, tmp_path))
     in_order = torch.arange(16.0).expand(2, -1)
-    assert_same_tokens(encoder, lambda x: reference.vit(x, noise=in_order).last_hidden_state)
+    for path in saved(reference, tmp_path):
+        encoder = encoder_of(path)
+        assert_same_tokens(encoder, lambda x: reference.vit(x, noise=in_order).last_hidden_state)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -119,15 +120,16 @@ def test_transformers_dinov2(registers: int, tmp_path: Path) -> None:
     else:
         reference = shaken(transformers.Dinov2Model(transformers.Dinov2Config(**shared)))
         model = "vit_small_patch14_dinov2"
-    encoder = encoder_of(saved(reference, tmp_path), model=model)
-    assert_same_tokens(encoder, lambda x: reference(x).last_hidden_state)
+    for path in saved(reference, tmp_path):
+        encoder = encoder_of(path, model=model)
+        assert_same_tokens(encoder, lambda x: reference(x).last_hidden_state)
 
 
 def test_transformers_dinov2_with_gates(tmp_path: Path) -> None:
     shared = {key: value for key, value in SHARED.items() if key != "intermediate_size"}
     shared |= {"hidden_size": 48, "use_swiglu_ffn": True}
     reference = shaken(transformers.Dinov2Model(transformers.Dinov2Config(**shared)))
-    path = saved(reference, tmp_path)
+    path, _ = saved(reference, tmp_path)
     encoder = encoder_of(path, model="vit_giant_patch14_dinov2", embed_dim=48)
     assert_same_tokens(encoder, lambda x: reference(x).last_hidden_state)
 
@@ -135,11 +137,12 @@ def test_transformers_dinov2_with_gates(tmp_path: Path) -> None:
 def test_transformers_beit(tmp_path: Path) -> None:
     config = transformers.BeitConfig(**SHARED, use_relative_position_bias=True)
     reference = shaken(transformers.BeitForImageClassification(config))
-    encoder = encoder_of(saved(reference, tmp_path), model="beit_base_patch16_224")
-    assert_same_tokens(encoder, lambda x: reference.beit(x).last_hidden_state)
-    with torch.no_grad():
-        pooled = reference.beit(encoder.normalise(pixels())).pooler_output
-        torch.testing.assert_close(encoder(pixels())[1], pooled, atol=1e-5, rtol=1e-5)
+    for path in saved(reference, tmp_path):
+        encoder = encoder_of(path, model="beit_base_patch16_224")
+        assert_same_tokens(encoder, lambda x: reference.beit(x).last_hidden_state)
+        with torch.no_grad():
+            pooled = reference.beit(encoder.normalise(pixels())).pooler_output
+            torch.testing.assert_close(encoder(pixels())[1], pooled, atol=1e-5, rtol=1e-5)
 
 
 def test_transformers_clip(tmp_path: Path, capsys) -> None:
@@ -154,7 +157,7 @@ def test_transformers_clip(tmp_path: Path, capsys) -> None:
     vision = {**SHARED, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu"}
     config = transformers.CLIPConfig(vision_config=vision, text_config=text)
     reference = shaken(transformers.CLIPModel(config))
-    path = saved(reference, tmp_path)
+    path, _ = saved(reference, tmp_path)  # the names are the same
     capsys.readouterr()
     encoder = encoder_of(path, model="vit_base_patch16_clip_quickgelu_224")
     first, second = capsys.readouterr().out.splitlines()
@@ -168,7 +171,7 @@ def test_transformers_siglip(tmp_path: Path) -> None:
     # timm's SigLIP takes the exact GELU, its authors an approximation within 1e-3.
     config = transformers.SiglipVisionConfig(**SHARED, hidden_act="gelu")
     reference = shaken(transformers.SiglipVisionModel(config))
-    path = saved(reference, tmp_path)
+    path, _ = saved(reference, tmp_path)
     encoder = encoder_of(path, model="vit_base_patch16_siglip_gap_224")
     assert_same_tokens(encoder, lambda x: reference(x).last_hidden_state)
 
@@ -181,7 +184,8 @@ def test_transformers_resnet(tmp_path: Path) -> None:
         layer_type="basic",
     )
     reference = shaken(transformers.ResNetForImageClassification(config))
-    encoder = encoder_of(saved(reference, tmp_path), name="timm_cnn", model="resnet18")
+    path, _ = saved(reference, tmp_path)
+    encoder = encoder_of(path, name="timm_cnn", model="resnet18")
     with torch.no_grad():
         expected = reference.resnet(encoder.normalise(pixels())).last_hidden_state
         tokens = encoder(pixels())[0]

@@ -158,18 +158,15 @@ def _resampled_positions(backbone: Any, file: WeightsFile) -> dict[str, Tensor]:
     timm's filter takes every grid for a square.
     """
     positions, kernel = (file.tensors.get(k) for k in ("pos_embed", "patch_embed.proj.weight"))
-    own = getattr(backbone, "pos_embed", None)
-    if file.image_size is None or positions is None or kernel is None or own is None:
+    grid = getattr(getattr(backbone, "patch_embed", None), "grid_size", None)
+    if file.image_size is None or positions is None or kernel is None or grid is None:
         return {}
-    rows, columns = (
-        side // patch for side, patch in zip(file.image_size, kernel.shape[-2:], strict=True)
-    )
-    grid = backbone.patch_embed.grid_size
-    prefix = own.shape[1] - grid[0] * grid[1]
-    if positions.shape[1] != prefix + rows * columns:
+    (height, width), patch = file.image_size, kernel.shape[-2:]
+    old = (height // patch[0], width // patch[1])
+    prefix = backbone.pos_embed.shape[1] - grid[0] * grid[1]
+    if positions.shape[1] != prefix + old[0] * old[1]:
         return {}
-    resampled = resample_abs_pos_embed(positions, grid, (rows, columns), num_prefix_tokens=prefix)
-    return {"pos_embed": resampled}
+    return {"pos_embed": resample_abs_pos_embed(positions, grid, old, num_prefix_tokens=prefix)}
 
 
 def _in_order(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:

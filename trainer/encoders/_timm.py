@@ -25,7 +25,8 @@ class TimmConfig(BaseConfig):
     """Load what fits of `weights` and leave the rest random; otherwise all of it must fit."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
-    """Per channel, in pixel values 0..255; the default is ImageNet's."""
+    """Per channel, in pixel values 0..255; the default is ImageNet's. `weights` go with those that
+    they were trained with: CLIP, SigLIP and BEiT have others."""
     drop_path: float = 0.0
 
 
