@@ -14,6 +14,8 @@ from torch import Tensor
 
 from trainer.errors import CheckpointError
 
+CHECKPOINT = "last.safetensors"
+
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Writes `tensors` and the JSON-able `state`; a crash leaves the old file or the new one.
@@ -54,6 +56,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if checksums[name] != _checksum(tensor):
             raise CheckpointError(f"{path}: tensor {name} is damaged; use an older checkpoint")
     return tensors, json.loads(metadata["state"])
+
+
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -7,10 +7,17 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from trainer.checkpoint import load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from trainer.checkpoint import (
+    CHECKPOINT,
+    below,
+    load_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
 from trainer.config import Config
 from trainer.dataset import EpochSampler, TrainingData
 from trainer.distributed import (
@@ -25,8 +32,6 @@ from trainer.errors import CheckpointError, ConfigError, DivergenceError
 from trainer.objective import Objective
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
 from trainer.runlog import RunLog
-
-CHECKPOINT = "last.safetensors"
 
 
 class Loop(Config):
@@ -227,10 +232,10 @@ class TrainingLoop:
                 f"{self.checkpoint}: belongs to a run of {state['total']} steps, this recipe makes "
                 f"{self.total}; remove the folder or choose another with --out"
             )
-        self._objective.load_state_dict(_below(tensors, "objective."))
-        unpack_optimizer(self._optimizer, _below(tensors, "optimizer."))
+        self._objective.load_state_dict(below(tensors, "objective."))
+        unpack_optimizer(self._optimizer, below(tensors, "optimizer."))
         if self._average:
-            self._average.load(_below(tensors, "average."))
+            self._average.load(below(tensors, "average."))
         self._scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
@@ -243,16 +248,12 @@ def load_kept_weights(module: nn.Module, path: Path, prefix: str) -> None:
     """
     tensors, _ = load_checkpoint(path)
     try:
-        module.load_state_dict(_below(tensors, f"objective.{prefix}"))
+        module.load_state_dict(below(tensors, f"objective.{prefix}"))
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise CheckpointError(f"{path}: of another architecture: {first}") from None
     # After all the rest: the average has a tied weight (embedding and head) under one name only.
-    module.load_state_dict(_below(tensors, f"average.{prefix}"), strict=False)
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    module.load_state_dict(below(tensors, f"average.{prefix}"), strict=False)
 
 
 class _Swapped:

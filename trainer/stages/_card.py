@@ -4,6 +4,7 @@ import hashlib
 import platform
 from collections.abc import Sequence
 from importlib import import_module, resources
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -89,7 +90,7 @@ def recipe_of(source: Run) -> dict[str, Any]:
     if data.train.is_file():
         recipe["data"]["train_sha256"] = hashlib.sha256(data.train.read_bytes()).hexdigest()
     if "weights" in recipe["encoder"]:
-        recipe["encoder"]["weights"] = recipe["encoder"]["weights"].rpartition("/")[2]
+        recipe["encoder"]["weights"] = Path(recipe["encoder"]["weights"]).name
     start = source.recipe.start
     if start is not None:
         recipe["start"] = recipe_of(Run(start)) if start.is_dir() else start.name

@@ -14,11 +14,12 @@ from PIL import Image
 
 from exports.text import TextSpec
 from trainer import variants
+from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, describe, read_examples
 from trainer.dataset import ViewDataset
 from trainer.distributed import rank
 from trainer.errors import ConfigError, DataError
-from trainer.loop import CHECKPOINT, TrainingLoop
+from trainer.loop import TrainingLoop
 from trainer.methods._method import Method, Setting
 from trainer.photos import load_all, usable_examples
 from trainer.probes import Probes
