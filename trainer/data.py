@@ -55,10 +55,7 @@ def read_examples(
     _check_splits(rows)
     if split is not None:
         rows = _rows_of_split(source, rows, split)
-    if kind == "folder":
-        roots = [source]
-    else:
-        roots = [source.parent, source.parent / "images"] if images is None else [images]
+    roots = [source] if kind == "folder" else image_roots(source, images)
     examples = _merge(rows, roots)
     if not any(example.image.is_file() for example in examples):
         looked = " and ".join(str(root) for root in roots)
@@ -98,7 +95,7 @@ def _merge(rows: Iterable[Row], roots: Sequence[Path]) -> list[Example]:
         merged.setdefault((row.image, row.source), (row, []))[1].extend(row.captions)
     return [
         Example(
-            image=_locate(row.image, roots),
+            image=locate(row.image, roots),
             captions=tuple(captions),
             split=row.split,
             source=row.source,
@@ -107,7 +104,12 @@ def _merge(rows: Iterable[Row], roots: Sequence[Path]) -> list[Example]:
     ]
 
 
-def _locate(name: str, roots: Sequence[Path]) -> Path:
+def image_roots(source: Path, images: Path | None) -> list[Path]:
+    """Returns the folders that the image names of a file may be relative to."""
+    return [source.parent, source.parent / "images"] if images is None else [images]
+
+
+def locate(name: str, roots: Sequence[Path]) -> Path:
     """Returns the first existing candidate, or the first candidate when none exists."""
     return next((root / name for root in roots if (root / name).is_file()), roots[0] / name)
 

@@ -69,6 +69,8 @@ class TrainingLoop:
         seed: of order and dropout.
         folder: of the run: `last.safetensors`, `log.jsonl`, `tensorboard/`.
         evaluate: called after an epoch with the kept weights in place; what it returns is logged.
+        evaluate_first: also call it, with epoch -1, before the first step, as step 0 of the log.
+        after_evaluation: called when what `evaluate` returned is in the log.
     """
 
     def __init__(
@@ -81,6 +83,8 @@ class TrainingLoop:
         seed: int,
         folder: Path,
         evaluate: Callable[[int], dict[str, float]] | None = None,
+        evaluate_first: bool = False,
+        after_evaluation: Callable[[], None] | None = None,
     ) -> None:
         self._config, self._optim, self._seed, self._folder = config, optim, seed, folder
         self.device = torch.device(
@@ -93,6 +97,7 @@ class TrainingLoop:
         self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         synchronise_norms(self._objective)
         self._dataset, self._evaluate = dataset, evaluate
+        self._evaluate_first, self._after_evaluation = evaluate_first, after_evaluation
         self._optimizer = build_optimizer(objective, optim)
         self._average = MovingAverage(objective, config.ema) if config.ema else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "fp16")
@@ -120,6 +125,8 @@ class TrainingLoop:
         if self.checkpoint.exists():
             self._load()
         with RunLog(worker_folder(self._folder), total=self.total, start=self.step) as log:
+            if self._evaluate_first and self.step == 0:
+                self._report(-1, log)
             for epoch in range(self.step // self._epoch_steps, self._config.epochs):
                 self._objective.before_epoch(epoch)
                 self._epoch(epoch, log)
@@ -139,18 +146,22 @@ class TrainingLoop:
 
     def _finish_epoch(self, epoch: int, log: RunLog) -> None:
         last = epoch + 1 == self._config.epochs
-        if (
-            self._evaluate
-            and rank() == 0
-            and (last or (epoch + 1) % self._config.evaluate_every == 0)
-        ):
-            with self._kept_weights():
-                self._objective.eval()
-                figures = self._evaluate(epoch)
-            log.scalars(self.step, figures)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            log.say(f"epoch {epoch + 1}/{self._config.epochs}: {shown}")
+        if last or (epoch + 1) % self._config.evaluate_every == 0:
+            self._report(epoch, log)
         self._save()
+
+    def _report(self, epoch: int, log: RunLog) -> None:
+        if self._evaluate is None or rank():
+            return
+        with self._kept_weights():
+            self._objective.eval()
+            figures = self._evaluate(epoch)
+        log.scalars(self.step, figures)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        when = f"epoch {epoch + 1}/{self._config.epochs}" if epoch >= 0 else "before"
+        log.say(f"{when}: {shown}")
+        if self._after_evaluation:
+            self._after_evaluation()
 
     def _train_step(self, batches: list[dict[str, Any]]) -> dict[str, float]:
         torch.manual_seed((self._seed << 32) + (rank() << 24) + self.step)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from exports.errors import ImageError
 from exports.images import ImageSpec, preprocess
-from trainer.data import Example
+from trainer.data import Example, describe, read_examples
 from trainer.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,20 @@ def usable_examples(examples: Sequence[Example], *, progress: bool = True) -> li
     if not report.ok:
         raise DataError("no image of the data set can be decoded; the reasons are listed above")
     return report.ok
+
+
+def read_captioned(source: Path, images: Path | None, split: str | None) -> list[Example]:
+    """Returns the examples that have captions and whose images decode, and says what was read.
+
+    Raises:
+        DataError: the data set cannot be read, or has no such example.
+    """
+    examples = read_examples(source, images=images, split=split)
+    print(describe(source, examples))
+    captioned = [example for example in examples if example.captions]
+    if not captioned:
+        raise DataError(f"{source}: none of its {len(examples)} images has a caption")
+    return usable_examples(captioned)
 
 
 @dataclass(frozen=True, slots=True)

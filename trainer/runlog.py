@@ -9,6 +9,22 @@ from types import TracebackType
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+LOG = "log.jsonl"
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """Returns the lines of a run's log, each with its `step`; nan for what was not finite."""
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the line that a killed process was writing
+        rows.append({name: math.nan if value is None else value for name, value in row.items()})
+    return rows
+
 
 class RunLog:
     """Scalars by step into `log.jsonl` and TensorBoard, and a progress bar.
@@ -16,28 +32,20 @@ class RunLog:
     Args:
         folder: of the run.
         total: steps in all.
-        start: the step a resumed run begins at; later lines of an earlier, killed run are dropped.
+        start: the step a resumed run begins at; later lines of an earlier, killed run are dropped,
+            and all of them where nothing was saved (`start` is 0).
     """
 
     def __init__(self, folder: Path, *, total: int, start: int = 0) -> None:
-        self._path = folder / "log.jsonl"
-        self._drop_lines_after(start)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        kept = [row for row in read_log(folder) if start and row["step"] <= start]
+        partial = folder / f"{LOG}.partial"
+        partial.write_text("".join(map(_line, kept)), encoding="utf-8")
+        partial.replace(folder / LOG)
+        self._file = (folder / LOG).open("a", encoding="utf-8")
+        board = str(folder / "tensorboard")
+        self._board = SummaryWriter(board, purge_step=start + 1 if start else 0)
         self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=5)
         self._images, self._since = 0, time.perf_counter()
-
-    def _drop_lines_after(self, start: int) -> None:
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= start:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break  # the line that a killed process was writing
-        self._path.write_text("".join(kept), encoding="utf-8")
 
     def progress(self, images: int, loss: float) -> None:
         """Moves the bar by one step of `images` images."""
@@ -48,8 +56,7 @@ class RunLog:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records values under their names at `step`."""
-        known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
+        self._file.write(_line({"step": step, **values}))
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -70,3 +77,8 @@ class RunLog:
         self._bar.close()
         self._board.close()
         self._file.close()
+
+
+def _line(row: dict[str, float]) -> str:
+    known = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(known, allow_nan=False) + "\n"

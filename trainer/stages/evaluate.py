@@ -26,11 +26,11 @@ from trainer.data import Example, check_apart
 from trainer.decoding import Hypothesis, StepModel, TorchSteps, best_hypotheses
 from trainer.intervals import Interval, bootstrap, paired_difference
 from trainer.metrics import cider
+from trainer.neighbours import CaptionedNeighbours
 from trainer.onnx_steps import OnnxSteps
-from trainer.photos import load_all
+from trainer.photos import load_all, read_captioned
 from trainer.run import Run
 from trainer.sheet import SheetRow, write_sheet
-from trainer.stages.finetune import read_captioned
 
 
 class Config(BaseConfig):
@@ -106,7 +106,7 @@ def run(config: Config, out_dir: Path) -> None:
     print(f"\n{model.name} on {config.data.name}, {len(examples)} images, {_words(generation)}")
     _print(figures)
     if others:
-        copied = _nearest_captions(model, pixels, others)
+        copied = _copied_captions(model, pixels, others)
         baseline, gain = score_all(references, copied), differences_of(references, captions, copied)
         report |= {"neighbours": as_json(baseline), "gain": as_json(gain)}
         print(f"\ncaption of the nearest of {len(others)} captioned images")
@@ -170,19 +170,13 @@ def differences_of(
     return found
 
 
-def _nearest_captions(
+def _copied_captions(
     model: Model, pixels: NDArray[np.uint8], others: Sequence[Example]
 ) -> list[str]:
-    """Returns, for every image, the most typical caption of the most similar captioned image.
-
-    Similarity is the cosine of the model's own image features, typical is the caption with the
-    highest CIDEr-D against its image's other captions.
-    """
+    """Returns, for every image, a caption of the captioned image that the model finds nearest."""
+    neighbours = CaptionedNeighbours([other.captions for other in others])
     features = _features(model, pixels)
-    known = _features(model, load_all(others, model.image))
-    nearest = (features @ known.T).argmax(1)
-    frequencies = cider.DocumentFrequencies.of([other.captions for other in others])
-    return [_most_typical(others[index].captions, frequencies) for index in nearest]
+    return neighbours.copied(features, _features(model, load_all(others, model.image)))
 
 
 def _features(model: Model, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -193,14 +187,6 @@ def _features(model: Model, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         blocks.append(np.asarray(memory[-1]).mean(2).reshape(len(memory[-1]), -1))
     features: NDArray[np.float32] = np.concatenate(blocks)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-def _most_typical(captions: tuple[str, ...], frequencies: cider.DocumentFrequencies) -> str:
-    if len(captions) == 1:
-        return captions[0]
-    others = [[*captions[:i], *captions[i + 1 :]] for i in range(len(captions))]
-    scorer = cider.CiderD(others, frequencies=frequencies)
-    return max(captions, key=lambda caption: scorer.score(captions.index(caption), caption))
 
 
 def _write_captions(

@@ -38,13 +38,12 @@ from trainer.graphs import export_decoder, export_encoder, join_graph
 from trainer.intervals import Interval
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import compare
-from trainer.photos import load_all, load_pixels
+from trainer.photos import load_all, load_pixels, read_captioned
 from trainer.quantise_decoder import quantise_decoder
 from trainer.quantise_encoder import quantise_encoder
 from trainer.run import Run
 from trainer.stages._card import Card, model_card, provenance
 from trainer.stages.evaluate import Model, as_json, differences_of, score_all
-from trainer.stages.finetune import read_captioned
 
 _ROUNDED = (
     "Rounding the weights for storage (int8 for the decoder's matrices, half precision for the "

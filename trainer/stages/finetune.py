@@ -10,13 +10,13 @@ import torch
 from exports.text import TextSpec, Tokenizer
 from trainer import variants
 from trainer.captioner import Captioner
-from trainer.data import Example, check_apart, describe, read_examples
+from trainer.data import Example, check_apart
 from trainer.dataset import CaptionDataset
 from trainer.decoding import TorchSteps, best_hypotheses
-from trainer.errors import ConfigError, DataError
+from trainer.errors import ConfigError
 from trainer.loop import TrainingLoop
 from trainer.metrics import bleu, cider, distinct
-from trainer.photos import load_all, usable_examples
+from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
 from trainer.run import Run, build_captioner, claimed, run_tokenizer
 from trainer.splits import split_examples
@@ -82,16 +82,6 @@ def _read(config: Config) -> tuple[list[Example], list[Example]]:
     held_out = read_captioned(data.dev, data.images, data.dev_split)
     check_apart(examples, held_out, "data.train", "data.dev")
     return examples, held_out
-
-
-def read_captioned(source: Path, images: Path | None, split: str | None) -> list[Example]:
-    """Returns the examples that have captions and whose images decode, and says what was read."""
-    examples = read_examples(source, images=images, split=split)
-    print(describe(source, examples))
-    captioned = [example for example in examples if example.captions]
-    if not captioned:
-        raise DataError(f"{source}: none of its {len(examples)} images has a caption")
-    return usable_examples(captioned)
 
 
 def _tokenizer(

@@ -1,7 +1,7 @@
 """`python -m trainer pretrain RECIPE`: an encoder from raw images, by a self-supervised method.
 
-Beside what every run writes (see `trainer.run`) the folder gets `probes.png`, the probes over the
-epochs, and `pictures.png` where the method has pictures to show.
+Beside what every run writes (see `trainer.run`) the folder gets `curves.png`, what the log holds as
+curves, and `pictures.png` where the method has pictures to show.
 """
 
 from pathlib import Path
@@ -11,20 +11,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from exports.text import TextSpec
 from trainer import variants
 from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, describe, read_examples
 from trainer.dataset import ViewDataset
-from trainer.distributed import rank
 from trainer.errors import ConfigError, DataError
 from trainer.loop import TrainingLoop
 from trainer.methods._method import Method, Setting
 from trainer.photos import load_all, usable_examples
-from trainer.probes import Probes
+from trainer.plots import plot_log
+from trainer.probes import Probes, collapse_alarm
 from trainer.run import PretrainRecipe as Config
 from trainer.run import claimed, run_tokenizer
+from trainer.runlog import read_log
 from trainer.transforms import Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
@@ -78,8 +80,6 @@ def _train(config: Config, out_dir: Path) -> None:
     if not (out_dir / CHECKPOINT).exists():
         _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
     report = Report(config, examples, images, method, out_dir)
-    if not (out_dir / CHECKPOINT).exists() and rank() == 0:
-        report.before()
     TrainingLoop(
         method,
         dataset,
@@ -87,7 +87,9 @@ def _train(config: Config, out_dir: Path) -> None:
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=report.after_epoch,
+        evaluate=report.measure,
+        evaluate_first=True,
+        after_evaluation=report.draw,
     ).run()
 
 
@@ -156,7 +158,7 @@ def _prepare(config: Config, method: Method, dataset: ViewDataset, out_dir: Path
 
 
 class Report:
-    """What is measured and shown of a method after each epoch."""
+    """What is measured and shown of a method, at the start and after each epoch."""
 
     def __init__(
         self,
@@ -168,21 +170,24 @@ class Report:
     ) -> None:
         self._method, self._folder = method, out_dir
         self._probes = Probes(config.probe, config.image, examples, seed=config.seed)
+        # Of a run that goes on; one that begins measures them itself.
+        self._first = next((row for row in read_log(out_dir) if row["step"] == 0), {})
         self._pictured = images[:: max(1, len(images) // _PICTURED)][:_PICTURED]
         self._resize = Transform(type(config.augment)(), (config.image.height, config.image.width))
 
-    def before(self) -> None:
-        """Prints the probes of the encoder that the run begins with."""
-        self._method.eval()
+    def measure(self, epoch: int) -> dict[str, float]:
+        """Returns the probes after an epoch, or before the first one (-1); says if all is lost."""
         figures = self._probes.measure(self._method.encoder)
-        print("before: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-
-    def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Returns the probes, and renews the pictures."""
-        del epoch
-        figures = self._probes.measure(self._method.encoder)
-        self._draw_pictures()
+        if epoch < 0:
+            self._first = figures
+        elif alarm := collapse_alarm(figures, self._first):
+            tqdm.write(f"WARNING, epoch {epoch + 1}: {alarm}")
         return figures
+
+    def draw(self) -> None:
+        """Renews `curves.png` and `pictures.png`."""
+        plot_log(self._folder)
+        self._draw_pictures()
 
     def _draw_pictures(self) -> None:
         device = next(self._method.parameters()).device
