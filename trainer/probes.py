@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from exports.images import ImageSpec
 from trainer.config import Config
-from trainer.data import Example
+from trainer.data import Example, read_examples
+from trainer.metrics import cider
+from trainer.metrics._scores import Scores
 from trainer.photos import load_all
 
 
@@ -38,14 +41,39 @@ class Probes:
         del seed
         pixels = load_all(examples[: config.sample], image)
         self._images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        self._pairs: list[tuple[list[Example], Tensor]] = []
+        if config.captioned is not None and config.dev is not None:
+            for source, split in (
+                (config.captioned, config.captioned_split),
+                (config.dev, config.dev_split),
+            ):
+                rows = read_examples(source, images=config.images, split=split)
+                rows = [example for example in rows if example.captions]
+                side = torch.from_numpy(load_all(rows, image)).permute(0, 3, 1, 2)
+                self._pairs.append((rows, side))
 
     @torch.no_grad()
     def measure(self, encoder: Any) -> dict[str, float]:
         """Returns the figures by name."""
-        device = next(encoder.parameters()).device
-        batches = self._images.split(64)
-        features = torch.cat([encoder(batch.to(device))[1].float().cpu() for batch in batches])
-        return {"probe/rankme": rankme(features)}
+        figures = {"probe/rankme": rankme(_pooled(encoder, self._images))}
+        if self._pairs:
+            figures["probe/caption_cider"] = self.caption_scores(encoder).corpus["CIDEr-D"]
+        return figures
+
+    @torch.no_grad()
+    def caption_scores(self, encoder: Any) -> Scores:
+        """Returns CIDEr-D of the nearest captioned image's first caption, on dev."""
+        (captioned, their), (dev, own) = self._pairs
+        features = F.normalize(_pooled(encoder, own), dim=1)
+        known = F.normalize(_pooled(encoder, their), dim=1)
+        nearest = (features @ known.T).argmax(1).tolist()
+        captions = [captioned[index].captions[0] for index in nearest]
+        return cider.score([example.captions for example in dev], captions)
+
+
+def _pooled(encoder: Any, images: Tensor) -> Tensor:
+    device = next(encoder.parameters()).device
+    return torch.cat([encoder(batch.to(device))[1].float().cpu() for batch in images.split(64)])
 
 
 def rankme(features: Tensor) -> float:
