@@ -32,7 +32,7 @@ def recipe(shapes: Path, **changes: Any) -> compare.Config:
             "dev": shapes / "captions_dev.json",
         },
         "augment": {"crop": 0.5, "flip": 0.5},
-        "loop": {"epochs": 2, "batch_size": 16, "workers": 0},
+        "loop": {"epochs": 2, "batch_size": 16, "ema": 0.5, "workers": 0},
         "arms": {"frozen": FROZEN, "simclr": TRAINED},
     }
     for key, value in changes.items():
