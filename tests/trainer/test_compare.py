@@ -16,6 +16,7 @@ from trainer.photos import usable_examples
 from trainer.run import PretrainRecipe
 from trainer.runlog import RunLog
 from trainer.stages import compare, pretrain
+from trainer.stages._arms import Arm, pretrain_recipe
 
 SIMCLR = {"name": "simclr", "hidden": 32, "width": 16}
 FROZEN = {"encoder": VIT}
@@ -150,7 +151,7 @@ def test_an_arm_lays_its_keys_over_the_shared_tables(shapes: Path) -> None:
     changes = {"augment": {"crop": 0.2}, "second_view": {"grey": 1.0}, "optim": {"lr": 0.5}}
     arm = {"encoder": VIT, "method": SIMCLR, **changes, "loop": {"batch_size": 8}}
     config = recipe(shapes, optim={"warmup": 0.25}, arms={"own": arm})
-    made = compare.pretrain_recipe(config, "own", validate(compare.Arm, arm, "own"), 7)
+    made = pretrain_recipe(config, "own", validate(Arm, arm, "own"), 7)
     assert (made.seed, made.loop.epochs, made.loop.batch_size) == (7, 2, 8)
     assert (made.augment.crop, made.augment.flip) == (0.2, 0.5)
     assert (made.optim.lr, made.optim.warmup) == (0.5, 0.25)

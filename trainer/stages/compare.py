@@ -7,7 +7,6 @@ gets `<arm>/<seed>/`, the runs: a comparison that was killed goes on where it wa
 
 import json
 import math
-import re
 import shlex
 import sys
 import time
@@ -17,65 +16,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
-from exports.images import ImageSpec
 from trainer import variants
 from trainer.checkpoint import load_checkpoint
 from trainer.comparison import ArmFigures, Budget, Comparison, RunFigures, write_comparison
 from trainer.config import Config as BaseConfig
 from trainer.config import validate, write_resolved
 from trainer.data import Example, check_apart, describe, read_examples
-from trainer.errors import CheckpointError, ConfigError, DataError
-from trainer.loop import CHECKPOINT, Loop, device_of, load_kept_weights
+from trainer.errors import CheckpointError, DataError
+from trainer.loop import CHECKPOINT, device_of, load_kept_weights
 from trainer.metrics import cider
-from trainer.optim import Optim
 from trainer.photos import usable_examples
-from trainer.probes import ProbeConfig, Probes
-from trainer.run import PretrainRecipe, RawData, TokenizerConfig, claimed
+from trainer.probes import Probes
+from trainer.run import PretrainRecipe, claimed
 from trainer.stages import pretrain
-from trainer.transforms import Augment
+from trainer.stages._arms import Arm, Config, baseline_of, pretrain_recipe, read_arms
 from trainer.verdict import judge
 
 RESULT = "result.json"
 _CAPTION_PROBE = "probe/caption_cider"
-
-
-class Arm(BaseConfig):
-    """Keys of `[arms.NAME]`."""
-
-    encoder: dict[str, Any]
-    method: dict[str, Any] | None = None
-    """None keeps the encoder as it is."""
-    augment: dict[str, Any] = Field(default_factory=dict)
-    second_view: dict[str, Any] = Field(default_factory=dict)
-    optim: dict[str, Any] = Field(default_factory=dict)
-    loop: dict[str, Any] = Field(default_factory=dict)
-    """Keys that differ from the tables that all arms share."""
-
-    @property
-    def changes(self) -> dict[str, dict[str, Any]]:
-        """Returns the keys that differ, by table."""
-        tables = self.model_dump(include={"augment", "second_view", "optim", "loop"})
-        return {name: table for name, table in tables.items() if table}
-
-
-class Config(BaseConfig):
-    """A recipe that compares encoders."""
-
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
-    baseline: str | None = None
-    """The arm that the others are compared with; by default the one without a method."""
-    data: RawData
-    image: ImageSpec
-    """The same for all arms."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    augment: Augment = Augment()
-    second_view: Augment | None = None
-    optim: Optim = Optim()
-    loop: Loop
-    probe: ProbeConfig
-    arms: dict[str, dict[str, Any]]
 
 
 class Result(BaseConfig):
@@ -96,8 +55,8 @@ def run(config: Config, out_dir: Path) -> None:
         DataError: the images of dev have been seen, or say nothing.
         CheckpointError: a run in `out_dir` is of another recipe or of other images.
     """
-    arms = _read_arms(config)
-    baseline = _baseline(config, arms)
+    arms = read_arms(config)
+    baseline = baseline_of(config, arms)
     examples, seen = _read_examples(config, arms)
     probes = Probes(config.probe, config.image, examples, seed=config.seeds[0])
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -120,66 +79,10 @@ def run(config: Config, out_dir: Path) -> None:
     print(f"\n{comparison.verdict}\nwrote {out_dir}/compare.html and compare.json")
 
 
-def _read_arms(config: Config) -> dict[str, Arm]:
-    """Returns the arms, each of which can be built and trained as far as the recipe tells."""
-    if len(config.arms) < 2:
-        raise ConfigError(
-            f"{len(config.arms)} arm(s); a comparison needs two: write [arms.frozen] with an "
-            "encoder, and another with an encoder and a method"
-        )
-    if len(set(config.seeds)) < len(config.seeds):
-        raise ConfigError(f"seeds = {list(config.seeds)}: one is there twice")
-    if config.probe.captioned is None or config.probe.dev is None:
-        raise ConfigError(
-            "the caption probe decides, and needs captions: name probe.captioned, which it may "
-            "copy from, and probe.dev, which it is measured on"
-        )
-    arms = {}
-    for name, table in config.arms.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ConfigError(
-                f"arm {name!r}: its runs get a folder of this name; use letters, digits, - and _"
-            )
-        arm = arms[name] = validate(Arm, table, f"arms.{name}")
-        variants.parse("encoders", arm.encoder)
-        if arm.method is not None:
-            variants.parse("methods", arm.method)
-            pretrain_recipe(config, name, arm, config.seeds[0])
-        elif arm.changes:
-            raise ConfigError(
-                f"arms.{name}: without a method nothing is trained, and {list(arm.changes)} mean "
-                "nothing; remove them or name a method"
-            )
-    return arms
-
-
-def _baseline(config: Config, arms: dict[str, Arm]) -> str:
-    if config.baseline is not None:
-        if config.baseline not in arms:
-            raise ConfigError(f"baseline = {config.baseline!r}; the arms are {', '.join(arms)}")
-        return config.baseline
-    untrained = [name for name, arm in arms.items() if arm.method is None]
-    if len(untrained) != 1:
-        raise ConfigError(
-            f"{len(untrained)} of the arms have no method; set baseline to the arm that the "
-            f"others are compared with: {', '.join(arms)}"
-        )
-    return untrained[0]
-
-
-def pretrain_recipe(config: Config, name: str, arm: Arm, seed: int) -> PretrainRecipe:
-    """Returns the recipe of one run: the shared tables with the arm's keys laid over."""
-    table = config.model_dump(exclude={"seeds", "baseline", "arms"})
-    table |= {"seed": seed, "encoder": arm.encoder, "method": arm.method}
-    for section, changes in arm.changes.items():
-        table[section] = {**(table[section] or {}), **changes}
-    return validate(PretrainRecipe, table, f"arms.{name}")
-
-
 def _read_examples(config: Config, arms: dict[str, Arm]) -> tuple[list[Example], int]:
     """Returns what is learnt from, and how many of dev's images are among it."""
     data, probe = config.data, config.probe
-    assert probe.dev is not None  # `_read_arms` has seen to it
+    assert probe.dev is not None  # `read_arms` has seen to it
     dev = _captioned(read_examples(probe.dev, images=probe.images, split=probe.dev_split))
     if not cider.DocumentFrequencies.of([example.captions for example in dev]).informative:
         raise DataError(
