@@ -9,7 +9,8 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -80,7 +81,9 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
         return f"{path}: {problem['msg'].lower()} (found {problem.get('input')!r})"
     parent: Any = model
     for part in problem["loc"][:-1]:
-        parent = parent.model_fields[part].annotation
+        annotation = parent.model_fields[part].annotation
+        # Of `Table | None`, the table.
+        parent = next((a for a in get_args(annotation) if a is not NoneType), annotation)
     return f"unknown key {path!r}; the keys are {', '.join(sorted(parent.model_fields))}"
 
 

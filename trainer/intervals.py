@@ -44,7 +44,7 @@ def bootstrap(
     resampled = np.concatenate(
         [
             scores.combine(counts @ scores.statistics, len(scores.statistics))
-            for counts in _resamples(len(scores.statistics), draws, seed)
+            for counts in resamples(len(scores.statistics), draws, seed)
         ]
     )  # (draws, F)
     return _intervals(scores.corpus, resampled, level)
@@ -68,7 +68,7 @@ def paired_difference(
         [
             first.combine(counts @ first.statistics, images)
             - second.combine(counts @ second.statistics, images)
-            for counts in _resamples(images, draws, seed)
+            for counts in resamples(images, draws, seed)
         ]
     )  # (draws, F)
     other = second.corpus
@@ -76,8 +76,8 @@ def paired_difference(
     return _intervals(difference, resampled, level)
 
 
-def _resamples(images: int, draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    """Yields blocks of draws (d, n): how often each image occurs in each draw."""
+def resamples(images: int, draws: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Yields blocks of draws (d, n): how often each of n images occurs in each draw."""
     generator = np.random.default_rng(seed)
     for start in range(0, draws, _DRAWS_AT_ONCE):
         block = min(_DRAWS_AT_ONCE, draws - start)

@@ -87,11 +87,7 @@ class TrainingLoop:
         after_evaluation: Callable[[], None] | None = None,
     ) -> None:
         self._config, self._optim, self._seed, self._folder = config, optim, seed, folder
-        self.device = torch.device(
-            config.device
-            if config.device != "auto"
-            else ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        self.device = device_of(config)
         self._objective = objective.to(self.device)
         # Convolutions on a CPU run half as long in this layout.
         self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -249,6 +245,13 @@ class TrainingLoop:
             self._average.load(below(tensors, "average."))
         self._scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+
+
+def device_of(config: Loop) -> torch.device:
+    """Returns the device that `[loop]` asks for."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_kept_weights(module: nn.Module, path: Path, prefix: str) -> None:

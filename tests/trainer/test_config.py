@@ -18,6 +18,7 @@ class Inner(Config):
 class Outer(Config):
     rate: float
     inner: Inner = Inner()
+    other: Inner | None = None
 
 
 def test_overrides_reach_into_tables(tmp_path: Path) -> None:
@@ -36,10 +37,12 @@ def test_an_override_that_fits_nothing_is_named(tmp_path: Path, override: str) -
 
 
 def test_a_misspelt_key_names_itself_and_the_keys_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"'raet'; the keys are inner, rate"):
+    with pytest.raises(ConfigError, match=r"'raet'; the keys are inner, other, rate"):
         validate(Outer, {"rate": 1, "raet": 2}, "here")
     with pytest.raises(ConfigError, match=r"'inner\.dept'; the keys are depth"):
         validate(Outer, {"rate": 1, "inner": {"dept": 2}}, "here")
+    with pytest.raises(ConfigError, match=r"'other\.dept'; the keys are depth"):
+        validate(Outer, {"rate": 1, "other": {"dept": 2}}, "here")
 
 
 def test_a_wrong_value_says_what_was_found() -> None:

@@ -30,7 +30,7 @@ from trainer.runlog import read_log
 from trainer.transforms import Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
-_CHANGEABLE: Any = {
+CHANGEABLE: Any = {
     "loop": {"workers", "save_every", "evaluate_every", "device"},
     "probe": True,
 }
@@ -45,7 +45,7 @@ def run(config: Config, out_dir: Path) -> None:
         ConfigError: the data cannot make such batches, or the encoder does not suit the method.
         DivergenceError: a loss is not a number.
     """
-    with claimed(config, out_dir, changeable=_CHANGEABLE):
+    with claimed(config, out_dir, changeable=CHANGEABLE):
         _train(config, out_dir)
 
 
