@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from trainer import variants
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import CHECKPOINT, load_checkpoint
 from trainer.comparison import ArmFigures, Budget, Comparison, RunFigures, write_comparison
 from trainer.config import Config as BaseConfig
 from trainer.config import validate, write_resolved
 from trainer.data import Example, check_apart, describe, read_examples
 from trainer.errors import CheckpointError, DataError
-from trainer.loop import CHECKPOINT, device_of, load_kept_weights
+from trainer.loop import device_of, load_kept_weights
 from trainer.metrics import cider
 from trainer.photos import usable_examples
 from trainer.probes import Probes
