@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -77,10 +77,12 @@ def validate(model: type[C], table: dict[str, Any], where: str) -> C:
 def _explain(model: type[BaseModel], problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{path}: {problem['msg'].lower()} (found {problem.get('input')!r})"
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{path}: {message.lower()} (found {problem.get('input')!r})"
     parent: Any = model
     for part in problem["loc"][:-1]:
-        parent = parent.model_fields[part].annotation
+        annotation = parent.model_fields[part].annotation
+        parent = annotation if hasattr(annotation, "model_fields") else get_args(annotation)[0]
     return f"unknown key {path!r}; the keys are {', '.join(sorted(parent.model_fields))}"
 
 
