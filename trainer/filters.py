@@ -24,15 +24,16 @@ def shift_hue(image: Tensor, turn: float) -> Tensor:
     sixths = torch.where(value == red, green - blue, green_or_blue)
     sixths /= chroma.clamp(min=1e-6)  # the hue; a grey has none and needs none
     starts = torch.tensor([5 + 6 * turn, 3 + 6 * turn, 1 + 6 * turn]).view(3, 1, 1)
-    along = (sixths + starts).remainder_(6)
-    return value - chroma * torch.minimum(along, 4 - along).clamp_(0, 1)
+    along = sixths + starts
+    along.sub_((along / 6).floor_(), alpha=6)  # modulo 6, which `remainder` takes longer for
+    return value - torch.minimum(along, 4 - along).clamp_(0, 1).mul_(chroma)
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     """Returns `image` blurred, its edges mirrored.
 
     The same as torchvision's `gaussian_blur` with a kernel of three sigma to either side, by two
-    passes of shifted sums, in half of its time or less.
+    passes of shifted sums, in about half of its time.
 
     Args:
         image: (3, H, W), uint8.

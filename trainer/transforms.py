@@ -137,7 +137,7 @@ class Jitter(Row):
         view = image.float().div_(255)  # rounded once, at the end
         for adjust, amount in steps:
             view = adjust(view, amount)
-        return view.mul(255).round_().to(torch.uint8)
+        return view.mul_(255).round_().to(torch.uint8)
 
 
 class Grey(Row):
