@@ -78,7 +78,8 @@ def validate(model: type[C], table: dict[str, Any], where: str) -> C:
 def _explain(model: type[BaseModel], problem: Any) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{path}: {problem['msg'].lower()} (found {problem.get('input')!r})"
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{path}: {message.lower()} (found {problem.get('input')!r})"
     parent: Any = model
     for part in problem["loc"][:-1]:
         annotation = parent.model_fields[part].annotation

@@ -3,8 +3,8 @@
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,14 @@ from torch.utils.data import Dataset, Sampler
 
 from exports.text import TextSpec, Tokenizer
 from trainer.data import Example
-from trainer.transforms import Transform
+from trainer.transforms import Sides, Transform
 
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+def flips(captions: Iterable[str]) -> Sides:
+    """Returns how an image may be flipped: never where a caption says left or right."""
+    return "never" if any(_SIDED.search(caption) for caption in captions) else "free"
 
 
 class TrainingData(Dataset[dict[str, Any]], ABC):
@@ -68,7 +73,7 @@ class CaptionDataset(TrainingData):
             [[text.bos_id, *tokenizer.encode(c)[:longest], text.eos_id] for c in example.captions]
             for example in examples
         ]
-        self._sided = [any(_SIDED.search(c) for c in example.captions) for example in examples]
+        self._flips = [flips(example.captions) for example in examples]
         self._pad_id = text.pad_id
 
     def __len__(self) -> int:
@@ -81,8 +86,7 @@ class CaptionDataset(TrainingData):
         drawn = draw.sample(own, k=min(self._captions, len(own)))
         drawn += draw.choices(own, k=self._captions - len(drawn))
         image = torch.from_numpy(self._images[index]).permute(2, 0, 1)
-        flip: Literal["free", "never"] = "never" if self._sided[index] else "free"
-        view = self._transform(image, draw.getrandbits(62), flip=flip)
+        view = self._transform(image, draw.getrandbits(62), flip=self._flips[index])
         return {"image": view, "token_ids": drawn, "index": index}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -108,6 +112,7 @@ class ViewDataset(TrainingData):
         seed: of the views and draws.
         token_ids: of every image the captions as ids, `<bos>` ... `<eos>`, or None.
         pad_id: fills up shorter captions of a batch.
+        flips: of every image how it may be flipped; by default freely.
     """
 
     def __init__(
@@ -118,8 +123,10 @@ class ViewDataset(TrainingData):
         seed: int,
         token_ids: Sequence[Sequence[list[int]]] | None = None,
         pad_id: int = 0,
+        flips: Sequence[Sides] | None = None,
     ) -> None:
         self._images, self._transforms, self._seed = images, transforms, seed
+        self._flips = flips or ["free"] * len(images)
         self._token_ids, self._pad_id = token_ids, pad_id
 
     def __len__(self) -> int:
@@ -129,7 +136,8 @@ class ViewDataset(TrainingData):
         epoch, index = key
         draw = random.Random(f"{self._seed}-{epoch}-{index}")
         image = torch.from_numpy(self._images[index]).permute(2, 0, 1)
-        views = [one(image, draw.getrandbits(62), flip="free") for one in self._transforms]
+        flip = self._flips[index]
+        views = [one(image, draw.getrandbits(62), flip=flip) for one in self._transforms]
         item: dict[str, Any] = {"views": views, "index": index}
         if self._token_ids is not None:
             item["token_ids"] = draw.choice(self._token_ids[index])

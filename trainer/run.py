@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from exports.images import ImageSpec
 from exports.manifest import Generation
@@ -70,6 +70,12 @@ class Recipe(Config):
     optim: Optim = Optim()
     loop: Loop
     generation: Generation = Field(default_factory=Generation)
+
+    @field_validator("augment")
+    @classmethod
+    def _keeps_captions_true(cls, augment: Augment) -> Augment:
+        augment.check_upright()
+        return augment
 
 
 class RawData(Config):

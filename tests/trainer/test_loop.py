@@ -18,6 +18,7 @@ from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
 from trainer.run import Recipe, Run
 from trainer.stages import evaluate, finetune
+from trainer.transforms import Augment
 
 
 def recipe(shapes: Path, **changes) -> Recipe:
@@ -29,7 +30,7 @@ def recipe(shapes: Path, **changes) -> Recipe:
         "bridge": {"name": "cross_attention", "layers": 0},
         "decoder": {"name": "gpt2", "width": 32, "layers": 1, "heads": 2, "max_length": 24},
         "objective": {"name": "lm"},
-        "augment": {"crop": 0.3, "flip": 0.5, "jitter": 0.2},
+        "augment": {"crop": {"area": 0.7}, "flip": {}, "jitter": {"brightness": 0.2, "hue": 0.1}},
         "loop": {"epochs": 2, "batch_size": 8, "ema": 0.9, "workers": 0, "save_every": 4},
     }
     for key, value in changes.items():
@@ -101,7 +102,7 @@ def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path: Path) -> No
     # Every caption of a drawing has another length, so batches of equal weight need equal tokens:
     # one caption an image, cut to the same few tokens by a short decoder.
     still = {
-        "augment": {"crop": 0.0, "flip": 0.0, "jitter": 0.0},
+        "augment": Augment(),
         "decoder": {"max_length": 6, "dropout": 0.0},
         "data": {"captions_per_image": 1},
     }
@@ -280,7 +281,7 @@ def test_it_overfits_eight_images(shapes, tmp_path: Path) -> None:
     config = recipe(
         shapes,
         data={"train": source, "images": shapes / "images", "captions_per_image": 1},
-        augment={"crop": 0.0, "flip": 0.0, "jitter": 0.0},
+        augment=Augment(),
         decoder={"width": 64, "heads": 4, "dropout": 0.0},
         objective={"label_smoothing": 0.0},
         optim=Optim(lr=3e-3, weight_decay=0.0),

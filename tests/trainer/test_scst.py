@@ -13,6 +13,7 @@ from trainer.errors import ConfigError
 from trainer.objectives._captioning import IGNORE_INDEX
 from trainer.objectives.scst import leave_one_out, policy_loss
 from trainer.stages import finetune
+from trainer.transforms import Augment
 
 
 def test_the_leave_one_out_advantage_has_its_golden_values() -> None:
@@ -68,7 +69,7 @@ def test_samples_follow_the_model(make_captioner) -> None:
 
 def test_the_reward_rises_from_where_cross_entropy_left_it(shapes, tmp_path: Path) -> None:
     quick = {"epochs": 12, "ema": 0.0, "save_every": 1000}
-    calm = {"crop": 0.0, "flip": 0.0, "jitter": 0.0}
+    calm = Augment()
     decoder = {"dropout": 0.0}
     first = recipe(shapes, loop=quick, augment=calm, decoder=decoder, optim={"lr": 3e-3})
     finetune.run(first, tmp_path / "xe")

@@ -17,7 +17,7 @@ from exports.text import TextSpec
 from trainer import variants
 from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, describe, read_examples
-from trainer.dataset import ViewDataset
+from trainer.dataset import ViewDataset, flips
 from trainer.errors import ConfigError, DataError
 from trainer.loop import TrainingLoop
 from trainer.methods._method import Method, Setting
@@ -51,6 +51,9 @@ def run(config: Config, out_dir: Path) -> None:
 
 def _train(config: Config, out_dir: Path) -> None:
     module, method_config = variants.parse("methods", config.method)
+    if module.Method.reads_captions:
+        for augment in (config.augment, config.second_view or config.augment):
+            augment.check_upright()
     examples = _read(config, reads_captions=module.Method.reads_captions)
     _check_batches(config, module.Method, len(examples))
     text, token_ids = None, None
@@ -76,6 +79,7 @@ def _train(config: Config, out_dir: Path) -> None:
         seed=config.seed,
         token_ids=token_ids,
         pad_id=text.pad_id if text else 0,
+        flips=[flips(example.captions) for example in examples] if text else None,
     )
     if not (out_dir / CHECKPOINT).exists():
         _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
