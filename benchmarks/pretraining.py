@@ -26,6 +26,7 @@ _INSIDE = "CUTLINE_BENCHMARK_INSIDE"
 _SIDE, _PATCH, _WIDTH, _DEPTH, _HEADS = 96, 12, 192, 6, 3
 _DECODER = {"width": 128, "layers": 2, "heads": 4}
 _MASKED = 0.75
+_COLOURS = ("brightness", "contrast", "saturation")
 
 Step = Callable[[], None]
 
@@ -107,7 +108,7 @@ def views_of(images: "np.ndarray[Any, np.dtype[np.uint8]]", views: int) -> Any:
         {
             "crop": {"area": 0.2},
             "flip": {"probability": 0.5},
-            "jitter": {"strength": 0.4, "hue": 0.1, "probability": 0.8},
+            "jitter": {**dict.fromkeys(_COLOURS, 0.4), "hue": 0.1, "probability": 0.8},
             "grey": {"probability": 0.2},
         }
     )

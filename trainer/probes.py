@@ -50,7 +50,7 @@ from trainer.metrics import cider
 from trainer.metrics._scores import Scores
 from trainer.neighbours import CaptionedNeighbours
 from trainer.photos import load_all, read_captioned, usable_examples
-from trainer.transforms import Augment, Transform
+from trainer.transforms import Augment, Crop, Flip, Transform
 
 _PAIRS = 256  # images of which two views are compared: enough for a mean, and a fast one
 _LABEL_FREE = ("probe/rankme", "probe/alignment", "probe/uniformity", "probe/spread")
@@ -216,7 +216,7 @@ def _label_probe(config: ProbeConfig, image: ImageSpec) -> _LabelProbe | None:
 
 def _two_views(images: NDArray[np.uint8], draw: random.Random) -> list[NDArray[np.uint8]]:
     """Returns two mildly changed copies of images (n, H, W, 3)."""
-    transform = Transform(Augment(crop=0.3, flip=0.5), images.shape[1:3])
+    transform = Transform(Augment(crop=Crop(area=0.7), flip=Flip()), images.shape[1:3])
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     return [
         torch.stack([transform(image, draw.getrandbits(62), flip="free") for image in pixels])

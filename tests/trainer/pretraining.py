@@ -25,7 +25,7 @@ CNN = {"name": "timm_cnn", "model": "resnet10t.c3_in1k"}
 def recipe(shapes: Path, method: dict[str, Any], **changes: Any) -> PretrainRecipe:
     """A recipe on ShapeCaps of 32 pixels: 6 steps in 2 epochs, a checkpoint after every step."""
     table: dict[str, Any] = {
-        "data": {"train": shapes / "captions_train.json", "scale": 1},
+        "data": {"train": shapes / "captions_train.json"},
         "image": {"height": 32, "width": 32},
         "tokenizer": {"vocab_size": 300},
         "encoder": VIT,
