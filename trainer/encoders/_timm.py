@@ -62,6 +62,10 @@ class TimmEncoder(nn.Module):
         """Returns pixels (B, 3, H, W) in 0..255 as the backbone's input."""
         return (images.float() - self.mean) / self.std
 
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Returns the backbone's input (B, 3, H, W) as pixels in 0..255; undoes `normalise`."""
+        return images * self.std + self.mean
+
 
 def weights_file(source: str) -> Path:
     """Returns the path that `weights` names, looking inside installed packages for `package:`.
