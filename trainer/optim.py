@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from trainer.config import Config
 from trainer.errors import ConfigError
 
+_POSITIONS = ("position", "pos_embed", "relative_position_bias_table")
+
 
 class Optim(Config):
     """Keys of `[optim]`."""
@@ -66,7 +68,7 @@ def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
     for name, parameter in module.named_parameters():
         prefixes = [prefix for prefix in config.scales if _is_below(name, prefix)]
         scale = config.scales[max(prefixes, key=len)] if prefixes else 1.0
-        positions = "wpe" in name or name.endswith(("position", "pos_embed"))
+        positions = "wpe" in name or name.endswith(_POSITIONS)
         decayed = parameter.ndim > 1 and not positions
         decay = config.weight_decay if decayed else 0.0
         groups.setdefault((scale, decay), []).append(parameter)

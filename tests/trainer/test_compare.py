@@ -32,7 +32,7 @@ def recipe(shapes: Path, **changes: Any) -> compare.Config:
             "captioned": shapes / "captions_train.json",
             "dev": shapes / "captions_dev.json",
         },
-        "augment": {"crop": 0.5, "flip": 0.5},
+        "augment": {"crop": {"area": 0.5}, "flip": {}},
         "loop": {"epochs": 2, "batch_size": 16, "ema": 0.5, "workers": 0},
         "arms": {"frozen": FROZEN, "simclr": TRAINED},
     }
@@ -148,7 +148,11 @@ def test_the_same_arm_twice_is_no_difference(shapes: Path, tmp_path: Path) -> No
 
 
 def test_an_arm_lays_its_keys_over_the_shared_tables(shapes: Path) -> None:
-    changes = {"augment": {"crop": 0.2}, "second_view": {"grey": 1.0}, "optim": {"lr": 0.5}}
+    changes = {
+        "augment": {"crop": {"area": 0.8}},
+        "second_view": {"grey": {"probability": 1.0}},
+        "optim": {"lr": 0.5},
+    }
     arm = {"encoder": VIT, "method": SIMCLR, **changes, "loop": {"batch_size": 8}}
     config = recipe(shapes, optim={"warmup": 0.25}, arms={"own": arm})
     made = pretrain_recipe(config, "own", validate(Arm, arm, "own"), 7)

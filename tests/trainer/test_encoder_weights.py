@@ -293,7 +293,7 @@ def pretrain_recipe(shapes: Path, **changes) -> PretrainRecipe:
         "image": {"height": 32, "width": 32},
         "encoder": VIT,
         "method": {"name": "simclr", "hidden": 32, "width": 16},
-        "augment": {"crop": 0.3},
+        "augment": {"crop": {"area": 0.7}},
         "loop": {"epochs": 1, "batch_size": 16, "ema": 0.5, "workers": 0},
     }
     return PretrainRecipe.model_validate(table | changes)

@@ -77,7 +77,7 @@ def recipe(shapes: Path, **changes) -> PretrainRecipe:
         "image": {"height": 32, "width": 32},
         "encoder": {**VIT, "depth": 1},
         "method": {"name": "simclr", "hidden": 32, "width": 16},
-        "augment": {"crop": 0.3, "flip": 0.5},
+        "augment": {"crop": {"area": 0.7}, "flip": {}},
         "loop": {"epochs": 2, "batch_size": 16, "workers": 0, "save_every": 2},
         "probe": {
             "captioned": shapes / "captions_train.json",

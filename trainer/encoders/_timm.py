@@ -64,3 +64,7 @@ class TimmEncoder(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """Returns pixels (B, 3, H, W) in 0..255 as the backbone's input."""
         return (images.float() - self.mean) / self.std
+
+    def denormalise(self, images: Tensor) -> Tensor:
+        """Returns the backbone's input (B, 3, H, W) as pixels in 0..255; undoes `normalise`."""
+        return images * self.std + self.mean

@@ -18,8 +18,12 @@ class Encoder(TimmEncoder):
         super().__init__(config, image_size)
         self.width = int(self.backbone.num_features)
 
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the last feature map of images (B, 3, H, W), (B, D, h, w)."""
+        features: Tensor = self.backbone.forward_features(self.normalise(images))
+        return features
+
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns image_tokens (B, N, D) and their mean, pooled (B, D)."""
-        features = self.backbone.forward_features(self.normalise(images))  # (B, D, h, w)
-        image_tokens = features.flatten(2).transpose(1, 2)
+        image_tokens = self.feature_map(images).flatten(2).transpose(1, 2)
         return image_tokens, image_tokens.mean(1)

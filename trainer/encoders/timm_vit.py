@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from trainer.encoders._timm import TimmConfig, TimmEncoder
@@ -52,21 +53,36 @@ class Encoder(TimmEncoder):
         """Tokens that stand before the patches', such as the class token."""
         return int(getattr(self.backbone, "num_prefix_tokens", 1))
 
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Returns the patches' tokens of images (B, 3, H, W), as a map (B, D, rows, columns)."""
+        patches = self(images)[0][:, self.prefix_tokens :]
+        return patches.transpose(1, 2).unflatten(2, self.grid)
+
+    def check_can_drop_patches(self) -> None:
+        """Refuses backbones whose attention needs the patches that `visible_tokens` leaves out.
+
+        Raises:
+            ConfigError: relative positions, windows or the like.
+        """
+        if not isinstance(self.backbone, VisionTransformer):
+            raise ConfigError(
+                f"{type(self.backbone).__name__} cannot leave patches out; take a plain vision "
+                'transformer, such as model = "vit_small_patch16_224"'
+            )
+
     def visible_tokens(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Returns the tokens (B, prefix + V, D) of an encoder that sees some patches only.
+
+        A patch keeps the position embedding of its place, and every prefix token stays.
 
         Args:
             images: (B, 3, H, W), in 0..255.
             ids_keep: (B, V), which patches, row by row from the top left.
 
         Raises:
-            ConfigError: the backbone has no place where patches can be dropped.
+            ConfigError: see `check_can_drop_patches`.
         """
-        if not hasattr(self.backbone, "patch_drop"):
-            raise ConfigError(
-                f"{type(self.backbone).__name__} cannot leave patches out; take a plain vision "
-                "transformer, such as vit_small_patch16_224"
-            )
+        self.check_can_drop_patches()
 
         def keep(tokens: Tensor) -> Tensor:
             prefix, patches = tokens.tensor_split([self.prefix_tokens], dim=1)

@@ -27,12 +27,14 @@ class Setting:
         batch_size: How many of them a step sees.
         steps: Optimiser steps in all.
         text: Vocabulary of the captions, where the method reads any.
+        epoch_steps: How many of the steps are an epoch.
     """
 
     images: int
     batch_size: int
     steps: int
     text: TextSpec | None = None
+    epoch_steps: int = 1
 
 
 @dataclass(frozen=True, slots=True)

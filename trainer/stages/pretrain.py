@@ -67,7 +67,7 @@ def _train(config: Config, out_dir: Path) -> None:
     method = module.Method(
         method_config,
         encoder,
-        Setting(len(examples), config.loop.batch_size, batches * config.loop.epochs, text),
+        Setting(len(examples), config.loop.batch_size, batches * config.loop.epochs, text, batches),
     )
     images = load_all(examples, config.stored_image)
     first = Transform(config.augment, size)

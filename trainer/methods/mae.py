@@ -1,0 +1,232 @@
+"""MAE: an encoder sees a quarter of an image's patches, a small decoder guesses the others' pixels.
+
+He et al., 2021, "Masked Autoencoders Are Scalable Vision Learners",
+https://arxiv.org/abs/2111.06377:
+
+    visible = encoder(patches[ids_keep])
+    prediction = decoder(unshuffle(visible, mask tokens) + positions)
+    loss = mean over masked patches of |prediction - (patch - mean) / sqrt(var + 1e-6)|^2 / pixels,
+
+with mean and (unbiased) variance of each patch's own pixels.
+
+Departures:
+
+1. The encoder's position embedding is the backbone's, which timm learns; the decoder's is the
+   paper's fixed one.
+2. The decoder is 4 blocks of width 256 by default, for encoders smaller than the paper's ViT-L
+   (8 blocks of 512).
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trainer.errors import ConfigError
+from trainer.methods._masked import (
+    check_patches,
+    greyed,
+    patchify,
+    pixel_mask,
+    to_pixels,
+    unpatchify,
+)
+from trainer.methods._method import Method as BaseMethod
+from trainer.methods._method import MethodConfig, Setting
+
+_EPSILON = 1e-6
+
+
+class Config(MethodConfig):
+    """Keys of `[method] name = "mae"`."""
+
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of the patches that the encoder does not see."""
+    norm_pix: bool = True
+    """Whether a patch's pixels are predicted relative to its own mean and deviation."""
+    decoder_width: int = Field(default=256, ge=4, multiple_of=4)
+    decoder_layers: int = Field(default=4, ge=1)
+    decoder_heads: int = Field(default=8, ge=1)
+
+
+class Method(BaseMethod):
+    """See the module."""
+
+    def __init__(self, config: Config, encoder: Any, setting: Setting) -> None:
+        super().__init__(config, encoder, setting)
+        check_patches(encoder, "mae")
+        encoder.check_can_drop_patches()
+        self._norm_pix = config.norm_pix
+        self._grid, self._patch = encoder.grid, encoder.patch
+        self._patches = encoder.grid[0] * encoder.grid[1]
+        self._visible = _visible_patches(self._patches, config.mask_ratio)
+        self.decoder = Decoder(config, encoder)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Returns the loss, and its share of what predicting 0 everywhere would cost."""
+        images = batch["images"]
+        noise = torch.rand(len(images), self._patches, device=images.device)
+        ids_keep, ids_restore, mask = shuffled(noise, self._visible)
+        prediction = self._predict(images, ids_keep, ids_restore)
+        target, _, _ = self._target(images)
+        loss = masked_error(prediction, target, mask)
+        zero = masked_error(torch.zeros_like(target), target, mask)
+        return {"loss": loss, "of_zero_predictor": loss.detach() / zero.clamp(min=_EPSILON)}
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> Tensor:
+        """Returns the visible patches, with the prediction in place of the others, and the image.
+
+        The mask is the same at every call. With `norm_pix` a predicted patch is shown with the true
+        patch's mean and deviation, which are not predicted.
+        """
+        noise = torch.rand(
+            len(images), self._patches, generator=torch.Generator().manual_seed(0)
+        ).to(images.device)
+        ids_keep, ids_restore, mask = shuffled(noise, self._visible)
+        _, mean, deviation = self._target(images)
+        patches = self._predict(images, ids_keep, ids_restore) * deviation + mean
+        predicted = self.encoder.denormalise(unpatchify(patches, self._grid, self._patch))
+        hidden = pixel_mask(mask, self._grid, self._patch)
+        reconstruction = torch.where(hidden, to_pixels(predicted), images)
+        return torch.stack([greyed(images, hidden), reconstruction, images], dim=1)
+
+    def _predict(self, images: Tensor, ids_keep: Tensor, ids_restore: Tensor) -> Tensor:
+        tokens = self.encoder.visible_tokens(images, ids_keep)
+        prediction: Tensor = self.decoder(tokens, ids_restore)
+        return prediction.float()
+
+    def _target(self, images: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Returns what is predicted (B, N, P), and the mean and deviation taken out of it."""
+        patches = patchify(self.encoder.normalise(images), self._patch)
+        if not self._norm_pix:
+            return patches, 0.0, 1.0
+        mean = patches.mean(2, keepdim=True)
+        deviation = (patches.var(2, keepdim=True) + _EPSILON).sqrt()
+        return (patches - mean) / deviation, mean, deviation
+
+
+class Decoder(nn.Module):
+    """Visible tokens in their shuffled order to the pixels of all patches.
+
+    Args:
+        config: the method's.
+        encoder: whose tokens are decoded.
+    """
+
+    position: Tensor
+
+    def __init__(self, config: Config, encoder: Any) -> None:
+        super().__init__()
+        width, heads = config.decoder_width, config.decoder_heads
+        if width % heads:
+            raise ConfigError(
+                f"method.decoder_heads = {heads} does not divide method.decoder_width = {width}"
+            )
+        self._prefix = encoder.prefix_tokens
+        self.embed = nn.Linear(encoder.width, width)
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.register_buffer("position", sin_cos_positions(encoder.grid, width), persistent=False)
+        blocks = (
+            nn.TransformerEncoderLayer(
+                width,
+                heads,
+                4 * width,
+                dropout=0.0,
+                activation="gelu",
+                layer_norm_eps=_EPSILON,
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(config.decoder_layers)
+        )
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(width, eps=_EPSILON)
+        self.to_pixels = nn.Linear(width, encoder.patch[0] * encoder.patch[1] * 3)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
+        """Returns (B, N, P), P the pixels of a patch times 3.
+
+        Args:
+            tokens: (B, prefix + V, D), prefix tokens and V visible patches.
+            ids_restore: (B, N), each patch's place in the shuffled order.
+        """
+        embedded = self.embed(tokens)
+        prefix, visible = embedded.tensor_split([self._prefix], dim=1)
+        hidden = ids_restore.shape[1] - visible.shape[1]
+        masked = self.mask_token.to(visible.dtype).expand(len(visible), hidden, -1)
+        patches = unshuffled(torch.cat([visible, masked], dim=1), ids_restore) + self.position
+        decoded = self.norm(self.blocks(torch.cat([prefix, patches], dim=1)))
+        pixels: Tensor = self.to_pixels(decoded[:, self._prefix :])
+        return pixels
+
+
+def shuffled(noise: Tensor, visible: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns a random order of each image's patches, of which the first are visible.
+
+    Args:
+        noise: (B, N); a patch stands where its noise stands among the sorted.
+        visible: V.
+
+    Returns:
+        ids_keep (B, V), the visible patches; ids_restore (B, N), each patch's place in the order;
+        mask (B, N), true where a patch is hidden.
+    """
+    ids_shuffle = noise.argsort(1)
+    ids_restore = ids_shuffle.argsort(1)
+    return ids_shuffle[:, :visible], ids_restore, ids_restore >= visible
+
+
+def unshuffled(tokens: Tensor, ids_restore: Tensor) -> Tensor:
+    """Returns tokens (B, N, D), given in the shuffled order, in the order of the image."""
+    return tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def masked_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean squared error over the masked patches.
+
+    Args:
+        prediction: (B, N, P).
+        target: (B, N, P).
+        mask: (B, N), as many true in each row: then it is the mean of the images' errors too.
+    """
+    errors = (prediction - target).square().mean(2)
+    return (errors * mask).sum() / mask.sum()
+
+
+def sin_cos_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Returns (N, D): sines and cosines of a patch's column, then of its row.
+
+    Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.5, once for each axis.
+
+    Args:
+        grid: rows and columns.
+        width: D, a multiple of 4.
+    """
+    rows, columns = grid
+    quarter = width // 4
+    rates = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    column = torch.arange(columns).repeat(rows)[:, None] * rates
+    row = torch.arange(rows).repeat_interleave(columns)[:, None] * rates
+    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()
+
+
+def _visible_patches(patches: int, mask_ratio: float) -> int:
+    """Returns how many patches the encoder sees.
+
+    Raises:
+        ConfigError: none or all.
+    """
+    visible = round(patches * (1 - mask_ratio))
+    if not 0 < visible < patches:
+        raise ConfigError(
+            f"method.mask_ratio = {mask_ratio} of {patches} patches leaves {visible} visible and "
+            f"{patches - visible} masked; both need at least 1: change it, or take smaller patches"
+        )
+    return visible
