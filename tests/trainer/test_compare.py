@@ -17,6 +17,7 @@ from trainer.run import PretrainRecipe
 from trainer.runlog import RunLog
 from trainer.stages import compare, pretrain
 from trainer.stages._arms import Arm, pretrain_recipe
+from trainer.transforms import Augment, Crop, Flip, Grey
 
 SIMCLR = {"name": "simclr", "hidden": 32, "width": 16}
 FROZEN = {"encoder": VIT}
@@ -157,9 +158,9 @@ def test_an_arm_lays_its_keys_over_the_shared_tables(shapes: Path) -> None:
     config = recipe(shapes, optim={"warmup": 0.25}, arms={"own": arm})
     made = pretrain_recipe(config, "own", validate(Arm, arm, "own"), 7)
     assert (made.seed, made.loop.epochs, made.loop.batch_size) == (7, 2, 8)
-    assert (made.augment.crop, made.augment.flip) == (0.2, 0.5)
+    assert made.augment == Augment(crop=Crop(area=0.8), flip=Flip())
     assert (made.optim.lr, made.optim.warmup) == (0.5, 0.25)
-    assert made.second_view is not None and made.second_view.grey == 1.0
+    assert made.second_view == Augment(grey=Grey(probability=1.0))
     assert (made.method, made.encoder, made.probe) == (SIMCLR, VIT, config.probe)
 
 

@@ -20,7 +20,7 @@ from trainer.data import Example, describe, read_examples
 from trainer.dataset import ViewDataset, flips
 from trainer.errors import ConfigError, DataError
 from trainer.loop import TrainingLoop
-from trainer.methods._method import Method, Setting
+from trainer.methods._method import Method, Preparation, Setting
 from trainer.photos import load_all, usable_examples
 from trainer.plots import plot_log
 from trainer.probes import Probes, collapse_alarm
@@ -81,8 +81,7 @@ def _train(config: Config, out_dir: Path) -> None:
         pad_id=text.pad_id if text else 0,
         flips=[flips(example.captions) for example in examples] if text else None,
     )
-    if not (out_dir / CHECKPOINT).exists():
-        _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
+    _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
     report = Report(config, examples, images, method, out_dir)
     TrainingLoop(
         method,
@@ -144,10 +143,18 @@ def _token_ids(
 
 
 def _prepare(config: Config, method: Method, dataset: ViewDataset, out_dir: Path) -> None:
-    """Trains what the method needs first, in a folder of its own."""
+    """Trains what the method needs first, in a folder of its own; from then on it is frozen."""
     preparation = method.preparation()
     if preparation is None:
         return
+    if not (out_dir / CHECKPOINT).exists():  # else it stands in there
+        _train_first(config, preparation, dataset, out_dir)
+    preparation.objective.requires_grad_(False)
+
+
+def _train_first(
+    config: Config, preparation: Preparation, dataset: ViewDataset, out_dir: Path
+) -> None:
     print(f"first the {preparation.name}, {preparation.epochs} epochs")
     folder = out_dir / preparation.name
     folder.mkdir(exist_ok=True)
