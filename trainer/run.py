@@ -147,7 +147,9 @@ def claimed(config: Config, folder: Path, *, changeable: Any) -> Iterator[None]:
 
 def _claim(config: Config, folder: Path, changeable: Any) -> None:
     path = folder / "recipe.json"
-    if (folder / CHECKPOINT).exists() and path.exists():
+    # What a method trains first has a checkpoint in a folder of its own.
+    saved = (folder / CHECKPOINT).exists() or any(folder.glob(f"*/{CHECKPOINT}"))
+    if saved and path.exists():
         begun = validate(type(config), json.loads(path.read_text(encoding="utf-8")), str(path))
         old, new = (one.model_dump(mode="json", exclude=changeable) for one in (begun, config))
         if old != new:

@@ -10,6 +10,9 @@ with h the features of an encoder that finds a learnt mask token at the patches 
 random size and place hide (algorithm 1). The tokenizer is trained first, on the same images, and
 does not change from then on.
 
+Nothing but the patches' own features is taught: take an encoder that pools them (`beit_*`, or
+`vit_base_patch16_gap_224` in any size). A class token is taught only as far as patches look at it.
+
 Departures:
 
 1. The last block of an image is cut where it would hide more than its share of the patches. So all

@@ -12,7 +12,7 @@ from transformers import BeitConfig, BeitForMaskedImageModeling
 
 from trainer import variants
 from trainer.checkpoint import load_checkpoint
-from trainer.errors import ConfigError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.methods import beit
 from trainer.methods._method import Setting
 from trainer.optim import MovingAverage, Optim, build_optimizer
@@ -165,6 +165,20 @@ def test_other_names_for_the_codes_change_no_loss(name: str) -> None:
     assert torch.equal(order[tokenizer.token_ids(images)], old_ids)
 
 
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_half_precision_stays_near_full(name: str) -> None:
+    method, images = make_method(tokenizer=TOKENIZERS[name]), some_images()
+    losses, prepared = [], []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(method({"images": images})["loss"])
+            prepared.append(method.tokenizer({"images": images})["loss"])
+    assert losses[1].dtype == prepared[1].dtype == torch.float32
+    torch.testing.assert_close(losses[0], losses[1], atol=0.05, rtol=0)
+    torch.testing.assert_close(prepared[0], prepared[1], atol=0.05, rtol=0)
+
+
 MODELS = ["vit_tiny_patch16_224", "beit_base_patch16_224", "beitv2_base_patch16_224"]
 
 
@@ -277,6 +291,15 @@ def test_all_learns_but_the_tokenizer(name: str, model: str) -> None:
     assert method.encoder.training
 
 
+def test_relative_positions_are_not_decayed() -> None:
+    method = make_method(make_encoder(model="beit_base_patch16_224"))
+    tables = [p for name, p in method.named_parameters() if "relative_position" in name]
+    groups = build_optimizer(method, Optim(weight_decay=0.1)).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(tables) == 2 and all(decays[id(table)] == 0 for table in tables)
+    assert decays[id(method.head.weight)] == 0.1 and decays[id(method.mask_token)] == 0
+
+
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))
 def test_pictures_show_the_guess_and_the_truth_as_the_tokenizer_draws_them(name: str) -> None:
     method, images = make_method(tokenizer=TOKENIZERS[name]).eval(), some_images()
@@ -350,6 +373,15 @@ def test_the_tokenizer_is_trained_first_and_kept(shapes: Path, tmp_path: Path, n
     if name == "dvae":
         assert json.loads(rows[-1])["temperature"] == pytest.approx(0.0625 ** (5 / 6))
     assert (tmp_path / "pictures.png").exists()
+
+
+def test_another_recipe_does_not_go_on_with_the_tokenizer(shapes: Path, tmp_path: Path) -> None:
+    pretrain.run(recipe(shapes, DVAE), tmp_path)
+    (tmp_path / "last.safetensors").unlink()  # as though it had been killed before the first
+    with pytest.raises(CheckpointError, match=r"holds a run of another recipe .method"):
+        pretrain.run(recipe(shapes, {**DVAE, "lr": 0.01}), tmp_path)
+    pretrain.run(recipe(shapes, DVAE), tmp_path)
+    assert (tmp_path / "last.safetensors").exists()
 
 
 def test_a_smallest_block_larger_than_the_mask_is_refused() -> None:

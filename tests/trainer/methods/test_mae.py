@@ -314,6 +314,16 @@ def test_pictures_show_what_is_seen_what_is_guessed_and_what_is_there(norm_pix: 
     assert torch.equal(method.pictures(images), pictures)
 
 
+def test_half_precision_stays_near_full() -> None:
+    method, losses = make_method(), []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(method({"images": some_images()})["loss"])
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[0], losses[1], atol=0.02, rtol=0)
+
+
 def test_a_flat_patch_is_no_division_by_zero() -> None:
     method = make_method()
     losses = method({"images": torch.full((4, 3, 32, 48), 90, dtype=torch.uint8)})
