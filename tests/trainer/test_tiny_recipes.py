@@ -1,0 +1,36 @@
+"""The tiny recipes of all methods: each makes an encoder that is worth more than a random one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import variants
+from trainer.__main__ import main
+from trainer.runlog import read_log
+
+RECIPES = Path("trainer/recipes/tiny")
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drawings")
+    assert main(["shapecaps", str(RECIPES / "shapecaps.toml"), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", variants.names("methods"))
+def test_a_method_makes_a_random_encoder_worth_more(
+    name: str, drawings: Path, tmp_path: Path
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    train, dev = drawings / "captions_train.json", drawings / "captions_dev.json"
+    paths = [f"data.train={train}", f"probe.captioned={train}", f"probe.dev={dev}"]
+    recipe = str(RECIPES / f"{name}.toml")
+    assert main(["pretrain", recipe, "--out", str(tmp_path), *paths]) == 0
+    torch.set_num_threads(threads)
+    worth = [row["probe/caption_cider"] for row in read_log(tmp_path) if "probe/rankme" in row]
+    assert worth[-1] > worth[0] + 0.1
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
