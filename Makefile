@@ -32,6 +32,7 @@ bench: .venv/.dev-installed
 	$(BIN)/python benchmarks/skew.py $(MEASURED)
 	$(BIN)/python benchmarks/service.py --run $(RUN) $(MEASURED)
 	$(BIN)/python benchmarks/memory.py $(MEASURED)
+	$(BIN)/python benchmarks/pretraining_steps.py $(if $(IMAGES),--images $(IMAGES))
 
 clean:
 	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -35,6 +35,7 @@ CHANGEABLE: Any = {
     "probe": True,
 }
 _PICTURED = 8  # images of `pictures.png`
+_LEGIBLE = 192  # pixels across, of each
 
 
 def run(config: Config, out_dir: Path) -> None:
@@ -209,4 +210,7 @@ class Report:
             rows = pictures.cpu().permute(0, 3, 1, 4, 2)  # (B, H, P, W, 3)
             height, width = rows.shape[0] * rows.shape[1], rows.shape[2] * rows.shape[3]
             sheet = rows.reshape(height, width, 3).numpy()
+            # Small pictures larger, pixel by pixel, so that a person sees them.
+            larger = max(1, _LEGIBLE // pictures.shape[-1])
+            sheet = sheet.repeat(larger, axis=0).repeat(larger, axis=1)
             Image.fromarray(sheet).save(self._folder / "pictures.png")

@@ -236,7 +236,7 @@ def by_turns(sides: list[Step], rounds: int) -> list[float]:
 def command_line() -> argparse.ArgumentParser:
     """Returns the parser."""
     made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    made.add_argument("--images", type=Path, required=True, help="a folder of photographs")
+    made.add_argument("--images", type=Path, help="a folder of photographs")
     made.add_argument("--batch", type=int, default=64)
     made.add_argument("--rounds", type=int, default=9)
     made.add_argument("--threads", type=int, default=2, help="of each side")

@@ -1,0 +1,47 @@
+"""LARS against timm's, which is nobody's dependency here but the encoders'."""
+
+import pytest
+import torch
+from torch import nn
+
+import trainer  # noqa: F401  before timm, see trainer.torchvision_ops
+from trainer.optim import Optim, build_optimizer
+
+
+def steps(module: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
+    for step in range(count):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        module(torch.randn(8, 6)).square().sum().backward()
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_lars_is_timm_s(count: int) -> None:
+    from timm.optim import Lars
+
+    ours, theirs = network(), network()
+    config = Optim(name="lars", lr=0.3, weight_decay=1e-2, betas=(0.9, 0.99))
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 1e-2},
+        {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    peer = Lars(groups, lr=0.3, momentum=0.9, trust_coeff=1e-3, eps=0.0)
+    found = steps(ours, build_optimizer(ours, config), count)
+    for mine, other in zip(found, steps(theirs, peer, count), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_lars_leaves_what_has_no_gradient() -> None:
+    module = network()
+    module[2].requires_grad_(False)
+    before = module[2].weight.clone()
+    steps(module, build_optimizer(module, Optim(name="lars", lr=1.0)), 2)
+    assert torch.equal(module[2].weight, before)
+    assert not torch.equal(module[0].weight, network()[0].weight)
