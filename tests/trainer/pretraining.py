@@ -39,6 +39,19 @@ def recipe(shapes: Path, method: dict[str, Any], **changes: Any) -> PretrainReci
     return PretrainRecipe.model_validate(table)
 
 
+def make_encoder(size: tuple[int, int] = (32, 48), **changes: Any) -> Any:
+    """VIT with some keys changed and random weights."""
+    torch.manual_seed(0)
+    module, config = variants.parse("encoders", {**VIT, **changes})
+    return module.Encoder(config, size)
+
+
+def some_images(count: int = 4, size: tuple[int, int] = (32, 48), seed: int = 0) -> torch.Tensor:
+    """Noise, uint8 (count, 3, *size)."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=draw)
+
+
 def method_of(
     table: dict[str, Any], *, encoder: dict[str, Any] | None = None, images: int = 8, batch: int = 8
 ) -> Method:

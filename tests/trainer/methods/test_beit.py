@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretraining import VIT, make_encoder, some_images
 from torch.nn import functional as F
 from transformers import BeitConfig, BeitForMaskedImageModeling
 
@@ -19,34 +20,15 @@ from trainer.optim import MovingAverage, Optim, build_optimizer
 from trainer.run import PretrainRecipe
 from trainer.stages import pretrain
 
-VIT = {
-    "name": "timm_vit",
-    "model": "vit_tiny_patch16_224",
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-}
 DVAE = {"name": "dvae", "vocab_size": 32, "width": 16, "blocks": 1, "epochs": 2}
 VQ_KD = {**DVAE, "name": "vq_kd", "teacher": VIT}
 TOKENIZERS = {"dvae": DVAE, "vq_kd": VQ_KD}
-
-
-def make_encoder(size=(32, 48), **changes):
-    torch.manual_seed(0)
-    module, config = variants.parse("encoders", {**VIT, **changes})
-    return module.Encoder(config, size)
 
 
 def make_method(encoder=None, tokenizer=DVAE, **keys):
     torch.manual_seed(0)
     config = beit.Config.model_validate({"tokenizer": tokenizer, **keys})
     return beit.Method(config, encoder or make_encoder(), Setting(8, 4, 10))
-
-
-def some_images(count=4, size=(32, 48), seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=draw)
 
 
 def test_the_table_of_tokenizers_is_complete() -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pretraining import VIT, make_encoder, some_images
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -14,32 +15,13 @@ from trainer.methods._masked import patchify, unpatchify
 from trainer.methods._method import Setting
 from trainer.optim import Optim, build_optimizer
 
-VIT = {
-    "name": "timm_vit",
-    "model": "vit_tiny_patch16_224",
-    "patch_size": 8,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-}
 SMALL = {"decoder_width": 32, "decoder_layers": 1, "decoder_heads": 2}
-
-
-def make_encoder(size=(32, 48), **changes):
-    torch.manual_seed(0)
-    module, config = variants.parse("encoders", {**VIT, **changes})
-    return module.Encoder(config, size)
 
 
 def make_method(size=(32, 48), encoder=None, **keys):
     torch.manual_seed(0)
     config = mae.Config.model_validate(SMALL | keys)
     return mae.Method(config, encoder or make_encoder(size), Setting(8, 4, 10))
-
-
-def some_images(count=4, size=(32, 48), seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=draw)
 
 
 def test_the_paper_s_masks_have_49_and_147_patches() -> None:
