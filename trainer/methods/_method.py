@@ -1,9 +1,9 @@
 """What every self-supervised method is given, and what the stage may ask of it."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from exports.text import TextSpec
 from trainer.config import Config as BaseConfig
@@ -16,6 +16,9 @@ class MethodConfig(BaseConfig):
 
     frozen: tuple[str, ...] = ()
     """Parameter prefixes that are never trained, e.g. `encoder.backbone.conv_stem`."""
+    keep_statistics: bool = False
+    """BatchNorm in the encoder keeps the means and variances that it came with: for encoders that
+    go on from other weights, whose features the statistics of a thousand crops would shift."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,17 @@ class Method(Objective):
         self.encoder: Any = encoder
         self.setting = setting
         freeze_prefixes(self, config.frozen)
+        self._keeps_statistics = config.keep_statistics
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode of all but BatchNorms that keep their statistics."""
+        super().train(mode)
+        if self._keeps_statistics:
+            for copy in (self.encoder, getattr(self, "momentum_encoder", None)):
+                for module in copy.modules() if copy is not None else ():
+                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                        module.eval()
+        return self
 
     def preparation(self) -> Preparation | None:
         """Returns what must be trained first, if anything."""
