@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pretraining import CNN, VIT, recipe
@@ -43,6 +44,32 @@ def recipes(shapes: Path) -> dict[str, pretrain.Config]:
         name: recipe(shapes, method, **changes).model_copy(update={"encoder": encoder})
         for name, (method, encoder) in RUNS.items()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_ray_train_starts_the_workers(shapes: Path, tmp_path: Path) -> None:
+    table = recipes(shapes)["simclr on BatchNorm"].model_dump(mode="json", exclude_none=True)
+    keys = ("data", "image", "encoder", "method", "optim", "loop", "probe")
+    path = tmp_path / "recipe.toml"
+    path.write_text("".join(f"{key} = {toml(table[key])}\n" for key in keys), encoding="utf-8")
+    for workers in ("1", "2"):
+        command = [sys.executable, "-m", "trainer", "pretrain", str(path), "--workers", workers]
+        command += ["--out", str(tmp_path / workers)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, found = steps(tmp_path / "1"), steps(tmp_path / "2")
+    assert found[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+    assert found[-1]["loss"] == pytest.approx(alone[-1]["loss"], rel=1e-3)
+
+
+def toml(value: Any) -> str:
+    """A value as TOML; tables in a line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value)
 
 
 @pytest.fixture(scope="module")
