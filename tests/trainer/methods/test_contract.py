@@ -23,6 +23,14 @@ class Killed(Exception):
     pass
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_curves():
+    """Drawing takes longer than these runs; test_plots.py and test_pretrain.py see to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "plot_log", lambda folder: None)
+        yield
+
+
 @pytest.fixture(params=METHODS)
 def name(request) -> str:
     return request.param
@@ -62,8 +70,10 @@ def test_eight_images_are_learnt_by_heart(name: str) -> None:
         optimizer.step()
         method.after_step(step + 1)
         losses.append(loss.item())
-    start, end = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-    assert end < 0.75 * start, (start, end)
+        start, end = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+        if len(losses) > 20 and end < 0.7 * start:
+            return
+    pytest.fail(f"the loss went from {start} to {end} only")
 
 
 def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
