@@ -18,7 +18,7 @@ from typing import Any
 
 import environments
 import numpy as np
-from common import UsageError, machine, main, photographs, table
+from common import ROOT, UsageError, machine, main, photographs, table
 from PIL import Image
 
 REQUIREMENT = "lightly==1.6.0"
@@ -38,7 +38,8 @@ def benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
         python = environments.python_with(
             [REQUIREMENT], environments.PEERS / "lightly", sees_project=True
         )
-        done = subprocess.run([python, *sys.argv], env={**os.environ, _INSIDE: "1"})
+        inside = {**os.environ, _INSIDE: "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([python, *sys.argv], env=inside)
         if done.returncode:
             raise UsageError("the benchmark did not come to its end; see above")
         return
@@ -179,7 +180,8 @@ def their_mae(images: "np.ndarray[Any, np.dtype[np.uint8]]") -> Step:
         normalised = made.normalise(batch)
         keep, mask = utils.random_token_mask((len(batch), tokens), mask_ratio=_MASKED)
         visible = enter(encoder.encode(images=normalised, idx_keep=keep))
-        decoded = decoder(visible, idx_mask=mask, idx_keep=keep)
+        masked = decoder.mask_token.expand(len(batch), tokens, -1)
+        decoded = decoder(utils.set_at_index(masked, keep, visible))
         predicted = leave(utils.get_at_index(decoded, mask))
         patches = utils.patchify(normalised, _PATCH)
         target = utils.normalize_mean_var(utils.get_at_index(patches, mask - 1))
