@@ -70,7 +70,7 @@ class TrainingLoop:
         folder: of the run: `last.safetensors`, `log.jsonl`, `tensorboard/`.
         evaluate: called after an epoch with the kept weights in place; what it returns is logged.
         evaluate_first: also call it, with epoch -1, before the first step, as step 0 of the log.
-        after_evaluation: called when what `evaluate` returned is in the log.
+        after_evaluation: called when that is in the log, the kept weights still in place.
     """
 
     def __init__(
@@ -152,12 +152,12 @@ class TrainingLoop:
         with self._kept_weights():
             self._objective.eval()
             figures = self._evaluate(epoch)
-        log.scalars(self.step, figures)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        when = f"epoch {epoch + 1}/{self._config.epochs}" if epoch >= 0 else "before"
-        log.say(f"{when}: {shown}")
-        if self._after_evaluation:
-            self._after_evaluation()
+            log.scalars(self.step, figures)
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            when = f"epoch {epoch + 1}/{self._config.epochs}" if epoch >= 0 else "before"
+            log.say(f"{when}: {shown}")
+            if self._after_evaluation:
+                self._after_evaluation()
 
     def _train_step(self, batches: list[dict[str, Any]]) -> dict[str, float]:
         torch.manual_seed((self._seed << 32) + (rank() << 24) + self.step)

@@ -244,8 +244,7 @@ def collapse_alarm(figures: Mapping[str, float], first: Mapping[str, float]) -> 
         figures: what `Probes.measure` returned now.
         first: what it returned of the encoder that training began with; may be empty.
     """
-    lost = [name for name in _LABEL_FREE if math.isnan(figures[name])]
-    if lost:
+    if any(math.isnan(figures[name]) for name in _LABEL_FREE):
         return "the features are not finite numbers; lower optim.lr"
     rank, start = figures["probe/rankme"], first.get("probe/rankme", math.nan)
     if figures["probe/spread"] < _LEAST_SPREAD:
@@ -261,6 +260,6 @@ def collapse_alarm(figures: Mapping[str, float], first: Mapping[str, float]) -> 
     if rank < start * _LEAST_RANK_LEFT and not better:
         return (
             f"the features differ in ever fewer directions (RankMe {rank:.1f}, at the start "
-            f"{start:.1f}) and no probe got better: they carry less and less"
+            f"{start:.1f}) and no probe with labels got better: they carry less and less"
         )
     return None

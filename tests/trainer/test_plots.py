@@ -103,14 +103,20 @@ def test_pretraining_measures_its_start_and_draws_its_curves(shapes, tmp_path: P
 def test_pretraining_says_when_an_encoder_has_collapsed(
     shapes, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    figures = {"probe/rankme": 40, "probe/alignment": 0.1, "probe/uniformity": -2.0}
-    spreads = iter([0.001, 0.8, 0.01])
-    monkeypatch.setattr(
-        pretrain.Probes, "measure", lambda self, encoder: {**figures, "probe/spread": next(spreads)}
-    )
+    """The start itself is no alarm: random features may be of one kind."""
+    measured = iter([(0.001, 40.0), (0.01, 40.0), (0.8, 9.0)])
+
+    def measure(self, encoder) -> dict[str, float]:
+        spread, rank = next(measured)
+        other = {"probe/alignment": 0.1, "probe/uniformity": -2.0}
+        return {"probe/rankme": rank, "probe/spread": spread, **other}
+
+    monkeypatch.setattr(pretrain.Probes, "measure", measure)
     pretrain.run(recipe(shapes), tmp_path)
     said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
-    assert len(said) == 1 and "epoch 2: all images have nearly the same features" in said[0]
+    assert len(said) == 2
+    assert "epoch 1: all images have nearly the same features" in said[0]
+    assert "epoch 2: the features differ in ever fewer directions" in said[1]
 
 
 def test_a_run_that_goes_on_compares_with_its_start(

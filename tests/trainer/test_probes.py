@@ -89,6 +89,7 @@ def test_a_constant_encoder_knows_nothing_and_trips_the_alarm(photos: Path) -> N
     assert figures["probe/alignment"] == pytest.approx(0.0, abs=1e-6)
     assert figures["probe/uniformity"] == pytest.approx(0.0, abs=1e-6)
     assert figures["probe/caption_cider"] < start["probe/caption_cider"] / 2
+    assert figures["probe/knn"] < 0.5 and figures["probe/linear"] < 0.5
     for first in (start, {}):
         assert "nearly the same features" in (collapse_alarm(figures, first) or "")
 
@@ -125,7 +126,7 @@ def test_features_that_are_no_numbers_trip_the_alarm(photos: Path) -> None:
         (
             {"probe/rankme": 9.0, "probe/caption_cider": 0.4},
             {"probe/rankme": 30.0, "probe/caption_cider": 0.5},
-            "no probe got better",
+            "no probe with labels got better",
         ),
         ({"probe/spread": 0.02}, {}, "spread 0.0200"),
         ({"probe/spread": math.nan}, {}, "not finite"),

@@ -77,6 +77,11 @@ def loop(folder: Path, asked: list[tuple[int, bool]], *, stop: int = 99) -> Trai
         asked.append((epoch, objective.training))
         return {"probe/point": objective.point[0].item()}
 
+    def after() -> None:
+        rows = read_log(folder)
+        assert rows[-1]["probe/point"] == objective.point[0].item()  # the average, as measured
+        asked.append((len(rows), objective.training))
+
     return TrainingLoop(
         objective,
         Numbers(),
@@ -86,7 +91,7 @@ def loop(folder: Path, asked: list[tuple[int, bool]], *, stop: int = 99) -> Trai
         folder=folder,
         evaluate=evaluate,
         evaluate_first=True,
-        after_evaluation=lambda: asked.append((len(read_log(folder)), objective.training)),
+        after_evaluation=after,
     )
 
 
