@@ -8,7 +8,7 @@ from exports.errors import ExportsError
 from trainer import variants
 from trainer.config import read_recipe, validate
 from trainer.distributed import launch
-from trainer.errors import TrainerError
+from trainer.errors import ConfigError, TrainerError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +27,13 @@ def main(argv: list[str] | None = None) -> int:
         recipe = read_recipe(arguments.recipe, arguments.overrides)
         config = validate(stage.Config, recipe, str(arguments.recipe))
         out_dir = arguments.out or Path("runs") / arguments.recipe.stem
+        if arguments.workers != 1 and arguments.stage != "pretrain":
+            raise ConfigError(
+                f"--workers {arguments.workers}: only pretrain is shared by several processes; "
+                f"leave it out for {arguments.stage}"
+            )
+        if arguments.workers < 1:
+            raise ConfigError(f"--workers {arguments.workers}; at least one is needed")
         if arguments.workers > 1:
             launch(arguments.workers, arguments.stage, recipe, str(arguments.recipe), out_dir)
         else:

@@ -135,6 +135,23 @@ def test_a_run_shows_where_it_began_and_what_it_sees(shapes: Path, tmp_path: Pat
         assert min(curves.size) > 400
 
 
+@pytest.mark.parametrize(
+    ("stage", "workers", "message"),
+    [
+        ("shapecaps", "2", "only pretrain is shared by several processes"),
+        ("pretrain", "0", "at least one is needed"),
+    ],
+)
+def test_workers_that_cannot_be_are_refused(
+    stage: str, workers: str, message: str, tmp_path: Path, capsys
+) -> None:
+    recipe = {"shapecaps": "shapecaps", "pretrain": "simclr"}[stage]
+    command = [stage, f"trainer/recipes/tiny/{recipe}.toml", "--workers", workers]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_command_line_says_one_line(shapes: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
