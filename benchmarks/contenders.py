@@ -16,7 +16,7 @@ from exports.bundle import Bundle
 from exports.manifest import Generation
 from serving.captioner import Caption, Params
 from serving.captioner import Captioner as Served
-from serving.engine import Engine
+from serving.engine import Engine, EngineMetrics
 from serving.errors import CaptionFailed
 from serving.step_model import Floats, Ints, Rows
 from trainer.captioner import Captioner
@@ -28,8 +28,8 @@ Pixels = NDArray[np.uint8]
 Ids = tuple[int, ...]
 
 
-class Meter:
-    """The engine's metrics: seconds inside the two graphs, and the batches that were made."""
+class Meter(EngineMetrics):
+    """Seconds inside the two graphs, and the batches that were made; all else is let pass."""
 
     def __init__(self) -> None:
         self.reset()
@@ -50,15 +50,6 @@ class Meter:
     def observe_batch(self, images: int) -> None:
         """A batch begins."""
         self.batches.append(images)
-
-    def observe_rows(self, rows: int) -> None:
-        """Is of no interest here."""
-
-    def observe_queue_wait(self, seconds: float) -> None:
-        """Is of no interest here."""
-
-    def add_tokens(self, count: int) -> None:
-        """Is of no interest here."""
 
 
 @dataclass(slots=True)
