@@ -151,7 +151,7 @@ class MemorySteps(TorchSteps):
     def start(self, images: NDArray[Any]) -> Any:
         """See `StepModel`."""
         captioner = self._captioner
-        memory = captioner.decoder.memory_cache(torch.from_numpy(images))
+        memory = captioner.decoder.memory(torch.from_numpy(images))
         return memory, captioner.empty_cache(len(images))
 
     def step(
@@ -183,7 +183,8 @@ def worst_error(
     differences = []
     for place, theirs in enumerate(peer.log_probs(range(len(memory)), bare)):
         tokens = torch.tensor([[text.bos_id, *bare[place], text.eos_id]])
-        logits = captioner.decoder(tokens[:, :-1], torch.from_numpy(memory[place : place + 1]))
+        seen = captioner.decoder.memory(torch.from_numpy(memory[place : place + 1]))
+        logits = captioner.decoder(tokens[:, :-1], seen)
         ours = logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).flatten()
         differences.append(float((ours - torch.tensor(theirs)).abs().max()))
     return max(differences)

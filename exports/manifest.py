@@ -59,7 +59,7 @@ class _Strict(BaseModel):
 class EncoderSpec(_Strict):
     """The encoder graph: uint8 images (B, H, W, 3) to the decoder's memory.
 
-    Each output is float32 (B, heads, N, head_dim); `outputs` names them in the graph's order.
+    Each output is float32 (B, ...); `outputs` names them in the graph's order.
     """
 
     file: FileName = "encoder.onnx"
@@ -70,8 +70,8 @@ class EncoderSpec(_Strict):
 class DecoderSpec(_Strict):
     """The decode-step graph, with its tensors by name.
 
-    `memory` and `cache` name tensors in the same order: k.0 v.0 k.1 v.1 ... What a graph changes in
-    place goes in as `name` and comes out as `next_name(name)`.
+    `cache` names keys and values by turns: k.0 v.0 k.1 v.1 ...; `heads` and `head_dim` are its own.
+    What a graph changes in place goes in as `name` and comes out as `next_name(name)`.
     """
 
     file: FileName = "decoder.onnx"

@@ -39,7 +39,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the decoder attends to: per layer keys and values (B, H, M, Dh), on the device."""
+    """What the decoder attends to beside the text, each value (B, ...), on the device."""
 
     images: int
     values: tuple[ort.OrtValue, ...]
@@ -77,10 +77,7 @@ class Decoding:
         self._joined: Memory | None = None  # what `_joining` has bound
         inputs = {tensor.name: tensor for tensor in session.get_inputs()}
         self._wants_positions = FED_IF_ASKED in inputs
-        tokens = inputs[spec.memory[0]].shape[2]
-        self._memory = {
-            name: self._arena(slots, spec.heads, tokens, spec.head_dim) for name in spec.memory
-        }
+        self._memory = {name: self._arena(slots, *inputs[name].shape[1:]) for name in spec.memory}
         self._cache = {
             name: self._arena(slots, spec.heads, 0, spec.head_dim) for name in spec.cache
         }

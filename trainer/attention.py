@@ -1,138 +1,269 @@
-"""How one decode step attends: to the tokens so far, and to the image.
+"""How text attends: to itself, and to the image.
 
-Every decoder family writes its step once, over `StepAttention`; what lies behind it differs:
+Every decoder family is written once, over `Attention`; what lies behind it differs:
 
-- `GrowingCache` concatenates keys and values as they come, for the trainer's own decoding;
-- `TreeCache` is what the exported graph does (see `exports/README.md`): the keys and values of all
-  beams of an image are nodes of one tree, written once and never moved; a row sees the nodes that
-  lead to it.
+- `SequenceAttention` has all tokens at once, for training;
+- `GrowingCache` has the newest token and what the others left, for the trainer's own decoding;
+- `trainer.tree_cache.TreeCache` is what the exported graph does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+Relative = Callable[[Tensor], Tensor]
+"""Distances (...), position of a key minus that of a query, to biases (..., H)."""
+
+_PREFIX_VISIBLE = "prefix_visible"
 
 
-class StepAttention(Protocol):
-    """What a decoder's step asks of its caches."""
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What text attends to beside itself, computed once an image.
 
-    def text(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns (R, D): rows attend to their own tokens so far, the newest included.
+    Attributes:
+        image: `[k0, v0, ...]` of the layers that attend to the image, each (B, H, M, D / H).
+        prefix: `[k0, v0, ...]` of what stands before the text in each layer, (B, H, P, D / H).
+        prefix_visible: (B, 1, 1, P), 0 for what counts, -inf for padding; None: all of it counts.
+    """
+
+    image: tuple[Tensor, ...] = ()
+    prefix: tuple[Tensor, ...] = ()
+    prefix_visible: Tensor | None = None
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return (self.image or self.prefix)[0].shape[0]
+
+    def named(self) -> dict[str, Tensor]:
+        """Returns the tensors by the names that graphs give them."""
+        found = dict(zip(pair_names("memory", len(self.image) // 2), self.image, strict=True))
+        found |= zip(pair_names("prefix", len(self.prefix) // 2), self.prefix, strict=True)
+        if self.prefix_visible is not None:
+            found[_PREFIX_VISIBLE] = self.prefix_visible
+        return found
+
+    @staticmethod
+    def of(named: Mapping[str, Tensor]) -> "Memory":
+        """Returns what `named` gave, put together again."""
+
+        def those(kind: str) -> tuple[Tensor, ...]:
+            starts = (f"{kind}_k.", f"{kind}_v.")
+            return tuple(value for name, value in named.items() if name.startswith(starts))
+
+        return Memory(those("memory"), those("prefix"), named.get(_PREFIX_VISIBLE))
+
+
+def pair_names(kind: str, layers: int) -> tuple[str, ...]:
+    """Returns `kind_k.0`, `kind_v.0`, `kind_k.1` ...: a key and a value for each layer."""
+    return tuple(f"{kind}_{part}.{layer}" for layer in range(layers) for part in "kv")
+
+
+class Attention(Protocol):
+    """What a decoder asks, for the tokens (...) that it computes: one a row, or a sequence."""
+
+    def text(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        relative: Relative | None = None,
+    ) -> Tensor:
+        """Returns (..., D): each token attends to what stands before the text, and to the text.
 
         Args:
             layer: which decoder layer.
-            query: (R, D), of the newest token.
-            key: likewise.
+            query: (..., D).
+            key: (..., D'), D' = D or a whole fraction of it: heads may share keys (Ainslie et al.,
+                2023, https://arxiv.org/abs/2305.13245).
             value: likewise.
+            scale: of the products; by default the square root of a head's width, inverted.
+            relative: added to them within the text.
         """
 
-    def image(self, layer: int, query: Tensor) -> Tensor:
-        """Returns (R, D): queries (R, D) attend to the image of their row."""
+    def image(self, layer: int, query: Tensor, *, scale: float | None = None) -> Tensor:
+        """Returns (..., D): queries (..., D) attend to the image of their row.
+
+        Args:
+            layer: which of the layers that do so.
+            query: (..., D).
+            scale: as above.
+        """
+
+
+@dataclass(slots=True)
+class SequenceAttention:
+    """All tokens at once: queries are (R, T, D); the R / B rows of an image stand together.
+
+    Attributes:
+        memory: of the B images.
+        head_dim: D / H.
+        causal: whether a token is hidden from those before it.
+        dropout: of the attention weights.
+        visible: (R, T, M), which image tokens each token sees; None: all.
+        text_visible: (R, 1, 1, T), 0 for what counts of the text, else -inf; None: all of it.
+        written: keys and values of the text, layer by layer, each (R, H, T, D / H).
+    """
+
+    memory: Memory
+    head_dim: int
+    causal: bool = True
+    dropout: float = 0.0
+    visible: Tensor | None = None
+    text_visible: Tensor | None = None
+    written: list[Tensor] = field(default_factory=list)
+
+    def text(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        relative: Relative | None = None,
+    ) -> Tensor:
+        """See `Attention`."""
+        tokens = query.shape[1]
+        keys, values = split_heads(key, self.head_dim), split_heads(value, self.head_dim)
+        self.written += [keys, values]
+        bias = None
+        behind = self.memory.prefix and self.causal
+        if relative is not None or behind or self.text_visible is not None:
+            bias = self._bias(tokens, relative, query)
+        if self.memory.prefix:
+            keys, values = with_prefix(self.memory, layer, keys, values)
+        mixed = F.scaled_dot_product_attention(
+            split_heads(query, self.head_dim),
+            keys,
+            values,
+            attn_mask=bias,
+            dropout_p=self.dropout,
+            is_causal=self.causal and bias is None,
+            scale=scale,
+            enable_gqa=query.shape != key.shape,
+        )
+        return _join_heads(mixed)
+
+    def image(self, layer: int, query: Tensor, *, scale: float | None = None) -> Tensor:
+        """See `Attention`. The rows of an image are queries against one copy of its keys."""
+        keys, values = self.memory.image[2 * layer : 2 * layer + 2]
+        grid = query.reshape(keys.shape[0], -1, query.shape[-1])
+        visible = self.visible
+        if visible is not None:
+            visible = visible.reshape(keys.shape[0], 1, -1, visible.shape[-1])
+        mixed = F.scaled_dot_product_attention(
+            split_heads(grid, self.head_dim),
+            keys,
+            values,
+            attn_mask=visible,
+            dropout_p=self.dropout,
+            scale=scale,
+        )
+        return _join_heads(mixed).reshape(query.shape)
+
+    def _bias(self, tokens: int, relative: Relative | None, like: Tensor) -> Tensor:
+        """Returns what is added to the products: (R or 1, H or 1, T, P + T)."""
+        place = torch.arange(tokens, device=like.device)
+        distance = place[None, :] - place[:, None]
+        bias = like.new_zeros(1, 1, tokens, tokens)
+        if relative is not None:
+            bias = bias + relative(distance).permute(2, 0, 1)
+        if self.causal:
+            bias = bias.masked_fill(distance > 0, float("-inf"))
+        if self.text_visible is not None:
+            bias = bias + self.text_visible
+        if self.memory.prefix:
+            before = prefix_bias(self.memory, like.shape[0]).expand(-1, -1, tokens, -1)
+            before = before.expand(-1, bias.shape[1], -1, -1)
+            bias = torch.cat([before, bias.expand(before.shape[0], -1, -1, -1)], dim=3)
+        return bias.to(like.dtype)
 
 
 @dataclass(slots=True)
 class GrowingCache:
-    """Keys and values by concatenation; every row stands at the same position.
+    """The newest token of every row, all at one position: queries are (R, D).
 
     Attributes:
         past: `[k0, v0, ...]`, each (R, H, T, D / H).
-        memory: likewise, each (B, H, N, D / H); the R / B rows of an image stand together.
+        memory: of the B images; the R / B rows of an image stand together.
         present: what `past` becomes, each (R, H, T + 1, D / H); filled layer by layer.
     """
 
     past: Sequence[Tensor]
-    memory: Sequence[Tensor]
+    memory: Memory
     present: list[Tensor] = field(default_factory=list)
 
-    def text(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `StepAttention`."""
-        _, heads, _, head_dim = self.past[0].shape
-        rows = (-1, heads, 1, head_dim)
-        keys = torch.cat([self.past[2 * layer], key.view(rows)], dim=2)
-        values = torch.cat([self.past[2 * layer + 1], value.view(rows)], dim=2)
-        self.present += [keys, values]
-        return _attend(query.view(rows), keys, values).reshape(query.shape)
-
-    def image(self, layer: int, query: Tensor) -> Tensor:
-        """See `StepAttention`. The rows of an image are queries against one copy of its keys."""
-        keys, values = self.memory[2 * layer], self.memory[2 * layer + 1]
-        images, heads, _, head_dim = keys.shape
-        grid = query.reshape(images, -1, heads, head_dim).transpose(1, 2)
-        return _attend(grid, keys, values).transpose(1, 2).reshape(query.shape)
-
-
-@dataclass(slots=True)
-class TreeCache:
-    """The caches of the exported step, for tracing alone: its operators exist only in the graph.
-
-    Rows (R, D) are what the dense layers see; attention sees a grid of slots by columns, (S, W, D),
-    in which the rows of one image are queries against one set of keys. Writing is a scatter into
-    the cache itself. `MultiHeadAttention` is ONNX Runtime's: it takes keys where they lie.
-
-    Attributes:
-        cache: `[k0, v0, ...]`, each (S, H, N, D / H).
-        memory: likewise, each (S, H, M, D / H).
-        write: (R, H, 3), slot, head and node of each row's new keys and values.
-        row_cell: (R, 2), slot and column of each row.
-        cell_row: (S, W), the row of each cell; any for a cell without one.
-        visible: (S, 1, W, N), 0 for the nodes that a cell sees, -inf for the others.
-        written: the caches afterwards; filled layer by layer.
-    """
-
-    cache: Sequence[Tensor]
-    memory: Sequence[Tensor]
-    write: Tensor
-    row_cell: Tensor
-    cell_row: Tensor
-    visible: Tensor
-    written: list[Tensor] = field(default_factory=list)
-
-    def text(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """See `StepAttention`."""
+    def text(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        relative: Relative | None = None,
+    ) -> Tensor:
+        """See `Attention`."""
+        head_dim = self.past[0].shape[3]
         keys, values = (
-            self._scatter(self.cache[2 * layer + part], new)
+            torch.cat([self.past[2 * layer + part], split_heads(new[:, None], head_dim)], dim=2)
             for part, new in enumerate((key, value))
         )
-        self.written += [keys, values]
-        return self._attend(query, keys, values, self.visible)
+        self.present += [keys, values]
+        tokens, bias = keys.shape[2], None
+        if relative is not None:
+            distance = torch.arange(1 - tokens, 1, device=query.device)
+            bias = relative(distance).T[None, :, None]  # (1, H, 1, T)
+        if self.memory.prefix:
+            keys, values = with_prefix(self.memory, layer, keys, values)
+            before = prefix_bias(self.memory, len(query))
+            bias = torch.cat([before, before.new_zeros(len(before), 1, 1, tokens)], dim=3)
+        mixed = F.scaled_dot_product_attention(
+            split_heads(query[:, None], head_dim),
+            keys,
+            values,
+            attn_mask=bias,
+            scale=scale,
+            enable_gqa=query.shape != key.shape,
+        )
+        return _join_heads(mixed)[:, 0]
 
-    def image(self, layer: int, query: Tensor) -> Tensor:
-        """See `StepAttention`."""
-        return self._attend(query, self.memory[2 * layer], self.memory[2 * layer + 1], None)
-
-    def _scatter(self, cache: Tensor, new: Tensor) -> Tensor:
-        updates = new.reshape(-1, cache.shape[1], cache.shape[3])  # (R, H, D / H)
-        return _onnx("ScatterND", [cache, self.write, updates], cache)
-
-    def _attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None
-    ) -> Tensor:
-        width = query.shape[1]
-        grid = query.new_empty(*self.cell_row.shape, width)
-        grid = _onnx("Gather", [query, self.cell_row], grid, axis=0)
-        inputs = [grid, keys, values, *((None, None, visible) if visible is not None else ())]
-        mixed = _onnx("com.microsoft::MultiHeadAttention", inputs, grid, num_heads=keys.shape[1])
-        return _onnx("GatherND", [mixed, self.row_cell], query)
+    def image(self, layer: int, query: Tensor, *, scale: float | None = None) -> Tensor:
+        """See `Attention`."""
+        sequence = SequenceAttention(self.memory, self.past[0].shape[3])
+        return sequence.image(layer, query[:, None], scale=scale)[:, 0]
 
 
-def _onnx(
-    operator: str, inputs: Sequence[Tensor | None], like: Tensor, **attributes: Any
-) -> Tensor:
-    """Returns an operator's only output, of the shape of `like`, as a node of the traced graph."""
-    return torch.onnx.ops.symbolic(
-        operator,
-        inputs,
-        attributes,
-        dtype=like.dtype,
-        shape=like.shape,
-        version=1 if ":" in operator else None,
+def split_heads(values: Tensor, head_dim: int) -> Tensor:
+    """Returns (B, H, N, D / H) for values (B, N, D)."""
+    return values.unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+
+def _join_heads(values: Tensor) -> Tensor:
+    """Returns (B, N, D) for values (B, H, N, D / H)."""
+    return values.transpose(1, 2).flatten(2)
+
+
+def with_prefix(memory: Memory, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns keys and values (R, H, T, D / H) behind those of each row's prefix."""
+    first, second = (
+        torch.cat([part.repeat_interleave(len(own) // len(part), dim=0), own], dim=2)
+        for part, own in zip(memory.prefix[2 * layer : 2 * layer + 2], (keys, values), strict=True)
     )
+    return first, second
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Returns (..., Q, D) for query (..., Q, D) over keys and values (..., T, D)."""
-    weights = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-    return weights.softmax(-1) @ values
+def prefix_bias(memory: Memory, rows: int) -> Tensor:
+    """Returns what hides the padding of prefixes: (R, 1, 1, P), or (1, 1, 1, P) where none is."""
+    if memory.prefix_visible is None:
+        return memory.prefix[0].new_zeros(1, 1, 1, memory.prefix[0].shape[2])
+    return memory.prefix_visible.repeat_interleave(rows // memory.images, dim=0)

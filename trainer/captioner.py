@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from exports.images import ImageSpec
 from exports.text import TextSpec
 from trainer import variants
-from trainer.attention import GrowingCache
+from trainer.attention import GrowingCache, Memory
 
 
 class Captioner(nn.Module):
@@ -36,23 +36,28 @@ class Captioner(nn.Module):
         self.image, self.text = image, text
         module, config = variants.parse("encoders", encoder)
         self.encoder = module.Encoder(config, (image.height, image.width))
+        bridges, bridge_config = variants.parse("bridges", bridge)
         module, config = variants.parse("decoders", decoder)
-        self.decoder = module.Decoder(
-            config, vocab_size=text.vocab_size, bos_id=text.bos_id, eos_id=text.eos_id
-        )
+        reading = getattr(bridge_config, "reading")()  # noqa: B009  every bridge's Config has it
+        self.decoder = module.Decoder(config, text=text, reading=reading)
         with torch.no_grad():
             probe = self.encoder.eval()(torch.zeros(1, 3, image.height, image.width))[0]
-        module, config = variants.parse("bridges", bridge)
-        self.bridge = module.Bridge(
-            config,
+        self.bridge = bridges.Bridge(
+            bridge_config,
             encoder_width=self.encoder.width,
             decoder_width=self.decoder.width,
             tokens=probe.shape[1],
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Returns memory (B, N, D) for images (B, 3, H, W), uint8 or float in 0..255."""
-        return self.bridge(self.encoder(images)[0])
+        """Returns the bridge's tokens (B, N, D) for images as `memory` takes them."""
+        tokens: Tensor = self.bridge(self.encoder(images)[0])
+        return tokens
+
+    def memory(self, images: Tensor) -> Memory:
+        """Returns what text attends to of images (B, 3, H, W), uint8 or float in 0..255."""
+        memory: Memory = self.decoder.memory(self.encode(images))
+        return memory
 
     def forward(self, images: Tensor, token_ids: Tensor) -> Tensor:
         """Returns logits (B * C, T, V).
@@ -61,13 +66,8 @@ class Captioner(nn.Module):
             images: (B, 3, H, W).
             token_ids: (B * C, T), the C captions of one image together: each image is encoded once.
         """
-        memory = self.encode(images)
-        captions = token_ids.shape[0] // images.shape[0]
-        return self.decoder(token_ids, memory.repeat_interleave(captions, dim=0))
-
-    def memory_cache(self, images: Tensor) -> list[Tensor]:
-        """Returns what the decoder's steps attend to: `[k0, v0, ...]`, each (B, H, N, D / H)."""
-        return self.decoder.memory_cache(self.encode(images))
+        logits: Tensor = self.decoder(token_ids, self.memory(images))
+        return logits
 
     def empty_cache(self, rows: int) -> list[Tensor]:
         """Returns the self-attention cache before the first token: (R, H, 0, D / H) each."""
@@ -76,7 +76,7 @@ class Captioner(nn.Module):
         return [torch.zeros(shape) for _ in range(2 * decoder.layers)]
 
     def step(
-        self, token_ids: Tensor, position: int, past: Sequence[Tensor], memory: Sequence[Tensor]
+        self, token_ids: Tensor, position: int, past: Sequence[Tensor], memory: Memory
     ) -> tuple[Tensor, list[Tensor]]:
         """Returns the next token's logits (R, V) and the grown cache.
 
@@ -84,9 +84,8 @@ class Captioner(nn.Module):
             token_ids: (R,), the newest token of every row.
             position: how many tokens stand before it.
             past: `[k0, v0, ...]`, each (R, H, T, D / H), T = position.
-            memory: what `memory_cache` gave, each (B, H, N, D / H); the R / B rows of an image
-                stand together.
+            memory: of the B images; the R / B rows of an image stand together.
         """
         cache = GrowingCache(past, memory)
-        logits = self.decoder.step(token_ids, torch.full_like(token_ids, position), cache)
+        logits = self.decoder.logits(token_ids, torch.full_like(token_ids, position), cache)
         return logits, cache.present

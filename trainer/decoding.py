@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from exports.manifest import Generation
+from trainer.attention import Memory
 from trainer.captioner import Captioner
 
 
@@ -42,6 +43,9 @@ class StepModel(Protocol):
     eos_id: int
     vocab_size: int
     max_length: int
+
+    def encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Returns what the text attends to of images (B, H, W, 3), by name (see `Memory`)."""
 
     def start(self, images: NDArray[np.uint8]) -> Any:
         """Returns the state before the first token of images (B, H, W, 3), one row an image."""
@@ -65,13 +69,20 @@ class TorchSteps:
         self.vocab_size, self.max_length = captioner.text.vocab_size, captioner.text.max_length
         self._device = next(captioner.parameters()).device
 
-    @torch.inference_mode()
+    def encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """See `StepModel`."""
+        named = self._memory(images).named()
+        return {name: value.float().cpu().numpy() for name, value in named.items()}
+
     def start(self, images: NDArray[np.uint8]) -> Any:
         """See `StepModel`."""
-        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
-        memory = self._captioner.memory_cache(pixels)
         past = [p.to(self._device) for p in self._captioner.empty_cache(len(images))]
-        return memory, past
+        return self._memory(images), past
+
+    @torch.inference_mode()
+    def _memory(self, images: NDArray[np.uint8]) -> Memory:
+        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
+        return self._captioner.memory(pixels)
 
     @torch.inference_mode()
     def step(
@@ -89,7 +100,7 @@ class TorchSteps:
 
 @torch.no_grad()
 def sample(
-    captioner: Captioner, memory: Tensor, captions: int, *, max_new_tokens: int
+    captioner: Captioner, memory: Memory, captions: int, *, max_new_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Returns captions drawn from the model, and their lengths.
 
@@ -97,7 +108,7 @@ def sample(
 
     Args:
         captioner: in evaluation mode.
-        memory: (B, N, D), the encoded images.
+        memory: of the B images.
         captions: C, drawn for each image.
         max_new_tokens: where a caption is cut, `<eos>` included.
 
@@ -105,16 +116,15 @@ def sample(
         token_ids (B * C, T), `<bos>` ... `<eos>` and padding, the captions of an image together;
         lengths (B * C,), tokens without padding. One that is cut has no `<eos>`.
     """
-    text, decoder = captioner.text, captioner.decoder
-    rows = memory.shape[0] * captions
-    cache = decoder.memory_cache(memory)
-    past = [empty.to(memory) for empty in captioner.empty_cache(rows)]
-    columns = [torch.full((rows,), text.bos_id, device=memory.device)]
+    text, device = captioner.text, next(captioner.parameters()).device
+    rows = memory.images * captions
+    past = [empty.to(device) for empty in captioner.empty_cache(rows)]
+    columns = [torch.full((rows,), text.bos_id, device=device)]
     last = min(max_new_tokens, text.max_length - 1)
-    lengths = torch.full((rows,), last + 1, device=memory.device)
-    ended = torch.zeros(rows, dtype=torch.bool, device=memory.device)
+    lengths = torch.full((rows,), last + 1, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for position in range(last):
-        logits, past = captioner.step(columns[-1], position, past, cache)
+        logits, past = captioner.step(columns[-1], position, past, memory)
         drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
         columns.append(drawn.masked_fill(ended, text.pad_id))
         ends = (drawn == text.eos_id) & ~ended

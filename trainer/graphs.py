@@ -16,16 +16,17 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from exports.manifest import DecoderSpec, EncoderSpec, encoded_name, next_name
-from trainer.attention import TreeCache
+from trainer.attention import Memory, pair_names
 from trainer.captioner import Captioner
 from trainer.compression import compress
+from trainer.tree_cache import TreeCache
 
 OPSET = 20
 
 
 def export_encoder(captioner: Captioner) -> tuple[bytes, EncoderSpec]:
     """Returns the encoder graph, uint8 images (B, H, W, 3) to the decoder's memory."""
-    spec = EncoderSpec(outputs=_names("memory", captioner.decoder.layers))
+    spec = EncoderSpec(outputs=tuple(_example_memory(captioner, 1)))
     pixels = torch.zeros(2, captioner.image.height, captioner.image.width, 3, dtype=torch.uint8)
     # Constants are folded, but not BatchNorm: the session folds it after the weights are widened.
     # Folded here, other numbers would be rounded than those of the captioner.
@@ -43,14 +44,15 @@ def export_encoder(captioner: Captioner) -> tuple[bytes, EncoderSpec]:
 def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
     """Returns the decode-step graph: newest tokens and caches to the best M continuations."""
     decoder = captioner.decoder
+    slots, columns, nodes, rows = 2, 3, 7, 5
+    memory = _example_memory(captioner, slots)
     spec = DecoderSpec(
         layers=decoder.layers,
         heads=decoder.heads,
         head_dim=decoder.head_dim,
-        memory=_names("memory", decoder.layers),
-        cache=_names("cache", decoder.layers),
+        memory=tuple(memory),
+        cache=pair_names("cache", decoder.layers),
     )
-    slots, columns, nodes, rows = 2, 3, 7, 5
     shape = (slots, decoder.heads, nodes, decoder.head_dim)
     whole = torch.int64
     example = (
@@ -62,7 +64,8 @@ def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
         torch.zeros(slots, 1, columns, nodes),
         # Distinct tensors: the exporter would take one object for one input.
         [torch.zeros(shape) for _ in spec.cache],
-        _example_memory(captioner, slots),
+        list(memory.values()),
+        *((torch.zeros(slots, nodes, dtype=whole),) if decoder.asks_for_distances else ()),
     )
     dynamic = {
         "token_ids": {0: "R"},
@@ -74,11 +77,12 @@ def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
         "cache": [{0: "S", 2: "N"} for _ in spec.cache],
         "memory": [{0: "S"} for _ in spec.memory],
     }
+    asked = {"node_position": {0: "S", 1: "N"}} if decoder.asks_for_distances else {}
     model = _export(
-        _DecoderGraph(captioner),
+        _DecoderGraph(captioner, spec.memory),
         example,
-        dynamic,
-        inputs=[*list(dynamic)[:6], *spec.cache, *spec.memory],
+        dynamic | asked,
+        inputs=[*list(dynamic)[:6], *spec.cache, *spec.memory, *asked],
         outputs=["all_log_probs", *map(next_name, spec.cache)],
         optimize=True,
     )
@@ -89,8 +93,7 @@ def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
 def join_graph(captioner: Captioner) -> bytes:
     """Returns the graph that copies encoded images into their slots of the decoder's memory."""
     nodes, inputs, outputs = [], [], []
-    examples = _example_memory(captioner, 1)
-    for name, example in zip(_names("memory", captioner.decoder.layers), examples, strict=True):
+    for name, example in _example_memory(captioner, 1).items():
         shape = example.shape[1:]
         chosen = f"chosen_{name}"
         nodes += [
@@ -109,19 +112,16 @@ def join_graph(captioner: Captioner) -> bytes:
     return model.SerializeToString()
 
 
-def _example_memory(captioner: Captioner, images: int) -> list[Tensor]:
+def _example_memory(captioner: Captioner, images: int) -> dict[str, Tensor]:
     size = (images, 3, captioner.image.height, captioner.image.width)
     with torch.no_grad():
         # Contiguous, as a graph's inputs are: otherwise the exporter asks for their strides.
-        return [m.contiguous() for m in captioner.memory_cache(torch.zeros(size))]
+        memory = captioner.memory(torch.zeros(size)).named()
+    return {name: value.contiguous() for name, value in memory.items()}
 
 
 def _floats(name: str, *shape: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-
-def _names(kind: str, layers: int) -> tuple[str, ...]:
-    return tuple(f"{kind}_{part}.{layer}" for layer in range(layers) for part in "kv")
 
 
 class _EncoderGraph(nn.Module):
@@ -130,13 +130,13 @@ class _EncoderGraph(nn.Module):
         self.captioner = captioner
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.captioner.memory_cache(images.permute(0, 3, 1, 2)))
+        return tuple(self.captioner.memory(images.permute(0, 3, 1, 2)).named().values())
 
 
 class _DecoderGraph(nn.Module):
-    def __init__(self, captioner: Captioner) -> None:
+    def __init__(self, captioner: Captioner, memory: Sequence[str]) -> None:
         super().__init__()
-        self.captioner = captioner
+        self.captioner, self.memory = captioner, memory
 
     def forward(
         self,
@@ -148,9 +148,19 @@ class _DecoderGraph(nn.Module):
         visible: Tensor,
         cache: list[Tensor],
         memory: list[Tensor],
+        node_position: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        tree = TreeCache(cache, memory, write, row_cell, cell_row, visible)
-        logits = self.captioner.decoder.step(token_ids, position, tree)
+        tree = TreeCache(
+            cache,
+            Memory.of(dict(zip(self.memory, memory, strict=True))),
+            position,
+            write,
+            row_cell,
+            cell_row,
+            visible,
+            node_position,
+        )
+        logits = self.captioner.decoder.logits(token_ids, position, tree)
         return (logits.log_softmax(-1), *tree.written)
 
 

@@ -31,27 +31,30 @@ class OnnxSteps:
         self._encoder = session(encoder)
         self.decoder: Any = session(decoder)
         self._encoder_spec, self._spec = encoder_spec, decoder_spec
+        inputs = {tensor.name for tensor in self.decoder.get_inputs()}
+        self._asks_for_positions = "node_position" in inputs
         self.bos_id, self.eos_id = text.bos_id, text.eos_id
         self.vocab_size, self.max_length = text.vocab_size, text.max_length
 
-    def encode(self, images: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """Returns the memory of images (B, H, W, 3), each array (B, heads, N, head_dim)."""
+    def encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """See `StepModel`."""
         names = list(self._encoder_spec.outputs)
-        return list(self._encoder.run(names, {self._encoder_spec.input: images}))
+        found = self._encoder.run(names, {self._encoder_spec.input: images})
+        return dict(zip(names, found, strict=True))
 
     def start(self, images: NDArray[np.uint8]) -> Any:
         """See `StepModel`."""
         memory = self.encode(images)
         shape = (len(images), self._spec.heads, 0, self._spec.head_dim)
         cache = [np.zeros(shape, np.float32) for _ in self._spec.cache]
-        return memory, cache, np.zeros((len(images), 1, 1, 0), np.float32)
+        return memory, cache, np.zeros((len(images), 1, 1, 0), np.float32), np.zeros(0, np.int64)
 
     def step(
         self, state: Any, token_ids: Sequence[int], beam_index: Sequence[int], top_k: int
     ) -> tuple[Any, NDArray[np.float32], NDArray[np.int64]]:
         """See `StepModel`. Every row of every step has a node of its own; none is used again."""
-        memory, cache, seen = state
-        images, rows = len(memory[0]), len(token_ids)
+        memory, cache, seen, positions = state
+        images, rows = len(seen), len(token_ids)
         columns, nodes = rows // images, seen.shape[3]
         slot, column = np.divmod(np.arange(rows), columns)
         parents = (np.array(beam_index) % seen.shape[2]).reshape(images, columns)
@@ -63,29 +66,28 @@ class OnnxSteps:
             slot[:, None], np.arange(self._spec.heads), (nodes + column)[:, None]
         )
         room = ((0, 0), (0, 0), (0, columns), (0, 0))
+        position = positions[-1] + 1 if nodes else 0
+        positions = np.concatenate([positions, np.full(columns, position)])
         feeds = {
             "token_ids": np.array(token_ids, np.int64),
-            "position": np.full(rows, self._positions(seen), np.int64),
+            "position": np.full(rows, position, np.int64),
             "write": np.stack(write, axis=2),
             "row_cell": np.stack([slot, column], axis=1),
             "cell_row": np.arange(rows).reshape(images, columns),
             "visible": visible,
             "top_k": np.array([top_k], np.int64),
-            **dict(zip(self._spec.memory, memory, strict=True)),
+            **memory,
             **{
                 name: np.pad(values, room)
                 for name, values in zip(self._spec.cache, cache, strict=True)
             },
         }
+        if self._asks_for_positions:
+            feeds["node_position"] = np.broadcast_to(positions, (images, nodes + columns))
         log_probs, ids, *cache = self.decoder.run(
             ["log_probs", "ids", *map(next_name, self._spec.cache)], feeds
         )
-        return (memory, cache, visible), log_probs, ids
-
-    @staticmethod
-    def _positions(seen: NDArray[np.float32]) -> int:
-        """Returns how many tokens stand before: each row sees as many nodes."""
-        return int((seen[0, 0, 0] == 0).sum())
+        return (memory, cache, visible, positions), log_probs, ids
 
 
 def session(graph: bytes) -> onnxruntime.InferenceSession:

@@ -53,7 +53,7 @@ def test_samples_follow_the_model(make_captioner) -> None:
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
     torch.manual_seed(1)
     with torch.no_grad():
-        memory = captioner.encode(images)
+        memory = captioner.memory(images)
         token_ids, lengths = sample(captioner, memory, 600, max_new_tokens=9)
         logits = captioner(images, torch.full((2, 1), TEXT.bos_id))[:, 0]
     for image, rows in enumerate(token_ids.view(2, 600, -1)):

@@ -31,7 +31,7 @@ def test_steps_with_a_cache_equal_the_whole_sequence(make_captioner, name: str) 
     token_ids = torch.randint(3, TEXT.vocab_size, (6, 7))  # three captions an image
     with torch.no_grad():
         whole = captioner(images, token_ids)
-        memory, past = captioner.memory_cache(images), captioner.empty_cache(6)
+        memory, past = captioner.memory(images), captioner.empty_cache(6)
         for position in range(7):
             logits, past = captioner.step(token_ids[:, position], position, past, memory)
             torch.testing.assert_close(logits, whole[:, position], atol=2e-4, rtol=0)

@@ -1,4 +1,5 @@
 """Bridges between an encoder and a decoder. Every file defines `Config` and `Bridge`.
 
-`Bridge(image_tokens (B, N, D_encoder)) -> (B, N', D_decoder)`, what the decoder attends to.
+`Bridge(image_tokens (B, N, D_encoder)) -> (B, N', D_decoder)`; `Config.reading()` says what becomes
+of them in the decoder.
 """

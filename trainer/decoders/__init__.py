@@ -1,8 +1,7 @@
-"""Caption decoders. Every file defines `Config` and `Decoder`.
+"""Caption decoders. Every file defines `Config` and `Decoder` (see `_decoder.Decoder`).
 
-`forward(token_ids (B, T), memory (B, N, D)) -> logits (B, T, V)` is the whole sequence at once, for
-training. `memory_cache(memory)` and `step(...)` are the same network one token at a time, for
-decoding and export, over the caches of `trainer.attention`: keys and values of the image are
-computed once, those of the text as they come. `width`, `layers`, `heads`, `head_dim` and
-`max_length` are its sizes.
+Each is written once, over `trainer.attention.Attention`: the same lines run a whole sequence in
+training, and one token of it in decoding and export. Its weights lie in the modules of the family's
+class in `transformers`, so that checkpoints fit; what these modules compute together is written
+here.
 """

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.attention import Memory
 from trainer.captioner import Captioner
 from trainer.config import Config as BaseConfig
 from trainer.objective import Objective
@@ -59,20 +60,19 @@ def labels_of(token_ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    captioner: Captioner, memory: Tensor, batch: dict[str, Any], label_smoothing: float
+    captioner: Captioner, memory: Memory, batch: dict[str, Any], label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Returns the teacher-forced cross-entropy and the share of tokens ranked first.
 
     Args:
         captioner: its decoder is run.
-        memory: (B, N, D), the encoded images.
+        memory: of the B images.
         batch: `token_ids` (B * C, T), `<bos>` ... `<eos>` and padding; `lengths` (B * C,), tokens
             without padding.
         label_smoothing: probability spread over the vocabulary.
     """
     token_ids = batch["token_ids"]
-    repeated = memory.repeat_interleave(token_ids.shape[0] // memory.shape[0], dim=0)
-    logits = captioner.decoder(token_ids[:, :-1], repeated).float()
+    logits = captioner.decoder(token_ids[:, :-1], memory).float()
     labels = labels_of(token_ids, batch["lengths"])
     loss = F.cross_entropy(
         logits.flatten(0, 1),

@@ -34,6 +34,6 @@ class Objective(CaptioningObjective):
         Args:
             batch: as `CaptionDataset.collate` makes it.
         """
-        memory = self.captioner.encode(batch["images"])
+        memory = self.captioner.memory(batch["images"])
         loss, hits = cross_entropy(self.captioner, memory, batch, self._label_smoothing)
         return {"loss": loss, "token_accuracy": hits}

@@ -79,13 +79,13 @@ class Objective(CaptioningObjective):
             batch: as `CaptionDataset.collate` makes it.
         """
         count = self._config.samples
-        memory = self.captioner.encode(batch["images"])
+        memory = self.captioner.memory(batch["images"])
         token_ids, lengths = sample(
-            self.captioner, memory.detach(), count, max_new_tokens=self._config.max_new_tokens
+            self.captioner, memory, count, max_new_tokens=self._config.max_new_tokens
         )
         rewards = self._rewards(token_ids, lengths, batch["indices"].tolist())
-        advantage = leave_one_out(rewards).flatten().to(memory.device)
-        logits = self.captioner.decoder(token_ids[:, :-1], memory.repeat_interleave(count, dim=0))
+        advantage = leave_one_out(rewards).flatten().to(token_ids.device)
+        logits = self.captioner.decoder(token_ids[:, :-1], memory)
         policy = policy_loss(logits.float(), labels_of(token_ids, lengths), advantage)
         anchor, _ = cross_entropy(self.captioner, memory, batch, self._config.label_smoothing)
         return {

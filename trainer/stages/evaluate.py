@@ -180,11 +180,13 @@ def _copied_captions(
 
 
 def _features(model: Model, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Returns unit vectors (n, D): the last layer's memory values, averaged over image tokens."""
+    """Returns unit vectors (n, D): the last values that text attends to, averaged over tokens."""
     blocks = []
     for start in tqdm(range(0, len(pixels), 64), desc="encoding", disable=None):
-        memory, *_ = model.steps.start(pixels[start : start + 64])
-        blocks.append(np.asarray(memory[-1]).mean(2).reshape(len(memory[-1]), -1))
+        memory = model.steps.encode(pixels[start : start + 64])
+        image = [name for name in memory if name.startswith("memory_v")]
+        last = memory[(image or [name for name in memory if name.startswith("prefix_v")])[-1]]
+        blocks.append(last.mean(2).reshape(len(last), -1))
     features: NDArray[np.float32] = np.concatenate(blocks)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
