@@ -10,6 +10,7 @@ from exports.images import ImageSpec
 from exports.text import TextSpec
 from trainer import variants
 from trainer.attention import GrowingCache, Memory
+from trainer.matching import Matcher, MatcherConfig
 
 
 class Captioner(nn.Module):
@@ -21,6 +22,7 @@ class Captioner(nn.Module):
         decoder: `[decoder]` table.
         image: what images look like; its size is the encoder's input.
         text: vocabulary and special ids.
+        matcher: `[matcher]` table, for captioners that also tell whether a caption fits an image.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Captioner(nn.Module):
         decoder: dict[str, Any],
         image: ImageSpec,
         text: TextSpec,
+        matcher: MatcherConfig | None = None,
     ) -> None:
         super().__init__()
         self.image, self.text = image, text
@@ -48,6 +51,9 @@ class Captioner(nn.Module):
             decoder_width=self.decoder.width,
             tokens=probe.shape[1],
         )
+        self.matcher: Matcher | None = None
+        if matcher is not None:
+            self.matcher = Matcher(matcher, encoder_width=self.encoder.width, decoder=self.decoder)
 
     def encode(self, images: Tensor) -> Tensor:
         """Returns the bridge's tokens (B, N, D) for images as `memory` takes them."""

@@ -25,6 +25,7 @@ from trainer.data import Example
 from trainer.distributed import barrier, rank
 from trainer.errors import CheckpointError
 from trainer.loop import Loop, load_kept_weights
+from trainer.matching import MatcherConfig
 from trainer.optim import Optim
 from trainer.probes import ProbeConfig
 from trainer.tokenizer import train_tokenizer
@@ -66,6 +67,8 @@ class Recipe(Config):
     bridge: dict[str, Any]
     decoder: dict[str, Any]
     objective: dict[str, Any]
+    matcher: MatcherConfig | None = None
+    """For captioners that also tell whether a caption fits an image."""
     augment: Augment = Augment()
     optim: Optim = Optim()
     loop: Loop
@@ -218,5 +221,10 @@ def build_captioner(recipe: Recipe, text: TextSpec, *, pretrained: bool = True) 
     """Returns the recipe's captioner, with its starting weights unless others replace them."""
     encoder = recipe.encoder if pretrained else {**recipe.encoder, "weights": ""}
     return Captioner(
-        encoder=encoder, bridge=recipe.bridge, decoder=recipe.decoder, image=recipe.image, text=text
+        encoder=encoder,
+        bridge=recipe.bridge,
+        decoder=recipe.decoder,
+        image=recipe.image,
+        text=text,
+        matcher=recipe.matcher,
     )
