@@ -1,6 +1,7 @@
 """Three implementations of one captioner: PyTorch, the trainer's ONNX steps, the server."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from exports.text import TextSpec
 from serving.captioner import Captioner as ServedCaptioner
 from serving.captioner import Params
 from serving.decode_image import ImageLimits, decode_image
+from trainer import variants
 from trainer.captioner import Captioner
 from trainer.compression import compress, round_weights
 from trainer.decoding import TorchSteps, beam_search
@@ -44,19 +46,36 @@ ENCODERS = {
 }
 
 
-def random_captioner(encoder: str) -> Captioner:
+# One of each way to attend: by distance, with shared keys behind a prefix, by gates.
+KINDS = [("t5", "cross_attention"), ("llama", "prefix"), ("bert", "perceiver")]
+SYSTEMS = [
+    (decoder, bridge)
+    for decoder, bridge in product(variants.names("decoders"), variants.names("bridges"))
+    if decoder not in ("bart", "t5") or bridge == "cross_attention"
+]
+
+
+def random_captioner(
+    encoder: str, bridge: str = "cross_attention", decoder: str = "gpt2"
+) -> Captioner:
     torch.manual_seed(3)
+    bridges = {"prefix": {"length": 3}, "perceiver": {"latents": 4, "layers": 1, "heads": 2}}
+    sizes = {"width": 32, "layers": 2, "heads": 2, "max_length": 14}
+    sizes |= {"key_value_heads": 1} if decoder == "llama" else {}
     captioner = Captioner(
         encoder=ENCODERS[encoder],
-        bridge={"name": "cross_attention", "layers": 1, "heads": 2},
-        decoder={"name": "gpt2", "width": 32, "layers": 2, "heads": 2, "max_length": 14},
+        bridge={"name": bridge, **bridges.get(bridge, {})},
+        decoder={"name": decoder, **sizes},
         image=ImageSpec(height=64, width=48),
         text=TEXT,
     )
     with torch.no_grad():  # sharper than at random, so that captions differ
         for parameter in captioner.decoder.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(5)
+                parameter.mul_(2 if decoder == "t5" else 5)
+        for block in captioner.decoder.gated:
+            block.attention_gate.fill_(1)
+            block.mlp_gate.fill_(0.5)
     return round_weights(captioner.eval())
 
 
@@ -68,7 +87,23 @@ def steps_of(captioner: Captioner, *, change=lambda decoder: decoder) -> OnnxSte
 
 @pytest.mark.parametrize("encoder", sorted(ENCODERS))
 def test_the_graphs_behave_as_the_model(encoder: str) -> None:
-    captioner = random_captioner(encoder)
+    check_graphs(random_captioner(encoder))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "bridge"),
+    [
+        pytest.param(*pair, marks=() if pair in KINDS else pytest.mark.slow)
+        for pair in SYSTEMS
+        if pair != ("gpt2", "cross_attention")
+    ],
+)
+def test_the_graphs_of_every_system_behave_as_the_model(decoder: str, bridge: str) -> None:
+    check_graphs(random_captioner("timm_vit", bridge, decoder))
+
+
+def check_graphs(captioner: Captioner) -> None:
+    """PyTorch and the graphs give the same log-probabilities, n-best lists and captions."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 64, 48, 3), np.uint8)
     generation = Generation(num_beams=4, max_new_tokens=10)
     parity = compare(TorchSteps(captioner), steps_of(captioner), pixels, generation).check()

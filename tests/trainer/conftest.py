@@ -20,19 +20,23 @@ def _one_thread():
 def make_captioner():
     """Returns a builder of random captioners; the seed decides the weights."""
 
-    def make(*, encoder=None, bridge_layers=1, seed=0):
+    def make(*, encoder=None, bridge_layers=1, seed=0, bridge=None, decoder=None, sharpen=6):
         torch.manual_seed(seed)
+        cross = {"name": "cross_attention", "layers": bridge_layers, "heads": 2, "dropout": 0.0}
         captioner = Captioner(
             encoder=encoder or VIT,
-            bridge={"name": "cross_attention", "layers": bridge_layers, "heads": 2, "dropout": 0.0},
-            decoder=GPT2,
+            bridge=bridge or cross,
+            decoder=decoder or GPT2,
             image=ImageSpec(height=32, width=48),
             text=TEXT,
         )
         with torch.no_grad():  # random weights say nearly the same to everything; sharpen them
             for parameter in captioner.decoder.parameters():
                 if parameter.ndim > 1:
-                    parameter.mul_(6)
+                    parameter.mul_(sharpen)
+            for block in captioner.decoder.gated:
+                block.attention_gate.fill_(1)
+                block.mlp_gate.fill_(0.5)
         return captioner.eval()
 
     return make

@@ -13,3 +13,19 @@ VIT = {
     "num_heads": 2,
 }
 GPT2 = {"name": "gpt2", "width": 32, "layers": 2, "heads": 2, "dropout": 0.0, "max_length": 12}
+BRIDGES = {
+    "concat": {},
+    "cross_attention": {"layers": 1, "heads": 2, "dropout": 0.0},
+    "perceiver": {"latents": 4, "layers": 1, "heads": 2},
+    "prefix": {"length": 3},
+}
+
+
+def decoder_table(name: str) -> dict[str, object]:
+    """Returns `[decoder]` of a family; all have the same keys."""
+    return {**GPT2, "name": name, "heads": 4}
+
+
+def bridge_table(name: str) -> dict[str, object]:
+    """Returns `[bridge]`."""
+    return {"name": name, **BRIDGES[name]}
