@@ -14,23 +14,25 @@ from pydantic import ValidationError
 
 from exports.bundle import Bundle
 from exports.images import ImageSpec
-from exports.manifest import Generation
-from exports.text import TextSpec
+from exports.manifest import Generation, Manifest
+from exports.text import TextSpec, Tokenizer
 from serving.captioner import Captioner as ServedCaptioner
 from serving.captioner import Params
 from serving.decode_image import ImageLimits, decode_image
+from serving.session import Graphs, OnnxSession
 from trainer import variants
 from trainer.captioner import Captioner
 from trainer.compression import compress, round_weights
 from trainer.decoding import TorchSteps, beam_search
 from trainer.errors import ConfigError, DataError, ParityError, TrainerError
-from trainer.graphs import export_decoder, export_encoder
+from trainer.graphs import export_decoder, export_encoder, join_graph
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import Parity, compare
 from trainer.photos import load_pixels
 from trainer.run import Run
 from trainer.stages import evaluate, export, finetune
 from trainer.stages._card import recipe_of
+from trainer.tokenizer import train_tokenizer
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
 TEXT = TextSpec(vocab_size=60, pad_id=0, bos_id=1, eos_id=2, max_length=14)
@@ -103,13 +105,36 @@ def test_the_graphs_of_every_system_behave_as_the_model(decoder: str, bridge: st
 
 
 def check_graphs(captioner: Captioner) -> None:
-    """PyTorch and the graphs give the same log-probabilities, n-best lists and captions."""
+    """PyTorch, the graphs and the server over them: the same log-probabilities, lists, captions."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 64, 48, 3), np.uint8)
-    generation = Generation(num_beams=4, max_new_tokens=10)
-    parity = compare(TorchSteps(captioner), steps_of(captioner), pixels, generation).check()
+    generation = Generation(num_beams=4, num_captions=4, max_new_tokens=10)
+    encoder, encoder_spec = export_encoder(captioner)
+    decoder, decoder_spec = export_decoder(captioner)
+    steps = OnnxSteps(encoder, decoder, encoder_spec, decoder_spec, captioner.text)
+    parity = compare(TorchSteps(captioner), steps, pixels, generation).check()
     assert parity.captions == parity.captions_equal == 24
     assert parity.n_best_lists == parity.n_best_equal == 27
     assert parity.largest_log_prob_difference < 1e-3
+    manifest = Manifest(
+        name="m",
+        version="1",
+        created="2026-01-01T00:00:00Z",
+        description="d",
+        licence="l",
+        image=captioner.image,
+        text=captioner.text,
+        encoder=encoder_spec,
+        decoder=decoder_spec,
+        defaults=generation,
+    )
+    session = OnnxSession(Graphs(encoder, decoder, join_graph(captioner)), manifest, threads=1)
+    tokenizer = Tokenizer(*train_tokenizer(["a"], vocab_size=300, max_length=14))
+    server = ServedCaptioner(manifest, tokenizer, session)
+    served = server.caption_batch(pixels, [Params.of(generation)] * len(pixels))
+    plain = beam_search(steps, pixels, generation)
+    assert [[c.token_ids for c in one] for one in served] == [
+        [h.token_ids for h in one] for one in plain
+    ]
 
 
 def test_a_graph_that_differs_is_caught() -> None:
