@@ -47,7 +47,7 @@ from trainer.features import (
 from trainer.intervals import bootstrap
 from trainer.labels import Labelled, read_labels
 from trainer.metrics import cider
-from trainer.metrics._scores import Scores
+from trainer.metrics._scores import Scores, mean_scores
 from trainer.neighbours import CaptionedNeighbours
 from trainer.photos import load_all, read_captioned, usable_examples
 from trainer.transforms import Augment, Crop, Flip, Transform
@@ -72,6 +72,10 @@ class ProbeConfig(Config):
     dev: Path | None = None
     """Captioned images on which the caption probe is measured; needs `captioned`."""
     dev_split: str | None = None
+    reveal: int = Field(default=0, ge=0)
+    """How many captions may be copied from, one of each of so many images; 0 is all there are."""
+    draws: int = Field(default=1, ge=1)
+    """How often so many are drawn; the figure is the mean, and says less of which were drawn."""
     labels: Path | None = None
     """A CSV file with the columns image, label and perhaps split (train or test)."""
     images: Path | None = None
@@ -104,7 +108,7 @@ class Probes:
         sample = draw.sample(list(examples), min(config.sample, len(examples)))
         self._images = load_all(sample, image)
         self._views = _two_views(self._images[:_PAIRS], draw)
-        self._captions = _caption_probe(config, image)
+        self._captions = _caption_probe(config, image, seed)
         self._labels = _label_probe(config, image)
 
     def measure(self, encoder: Any) -> dict[str, float]:
@@ -142,10 +146,25 @@ class Probes:
 
 
 class _CaptionProbe:
+    """What captions are worth to their neighbours.
+
+    Args:
+        captioned: what may be copied from.
+        dev: where it is measured.
+        image: the encoder's size.
+        draws: of captioned images those that are revealed, and which of their captions.
+    """
+
     def __init__(
-        self, captioned: Sequence[Example], dev: Sequence[Example], image: ImageSpec
+        self,
+        captioned: Sequence[Example],
+        dev: Sequence[Example],
+        image: ImageSpec,
+        draws: Sequence[dict[int, tuple[str, ...]]],
     ) -> None:
-        self._neighbours = CaptionedNeighbours([example.captions for example in captioned])
+        self._draws = [
+            (list(revealed), CaptionedNeighbours(list(revealed.values()))) for revealed in draws
+        ]
         self._references = [example.captions for example in dev]
         self._known, self._images = load_all(captioned, image), load_all(dev, image)
 
@@ -154,10 +173,38 @@ class _CaptionProbe:
             F.normalize(pooled_features(encoder, images), dim=1).numpy()
             for images in (self._known, self._images)
         )
-        return cider.score(self._references, self._neighbours.copied(features, known))
+        found = [
+            cider.score(self._references, neighbours.copied(features, known[revealed]))
+            for revealed, neighbours in self._draws
+        ]
+        return mean_scores(*found[0].names, np.mean([one.per_image[:, 0] for one in found], 0))
 
 
-def _caption_probe(config: ProbeConfig, image: ImageSpec) -> _CaptionProbe | None:
+def _draws(
+    config: ProbeConfig, captioned: Sequence[Example], seed: int
+) -> list[dict[int, tuple[str, ...]]]:
+    """Returns the captions that each draw reveals, by image.
+
+    Raises:
+        ConfigError: there are fewer captioned images than are to be revealed.
+    """
+    if not config.reveal:
+        return [{number: example.captions for number, example in enumerate(captioned)}]
+    if config.reveal > len(captioned):
+        raise ConfigError(
+            f"probe.reveal = {config.reveal}, but {config.captioned} has {len(captioned)} images"
+        )
+    draw = random.Random(seed)
+    return [
+        {
+            number: (draw.choice(captioned[number].captions),)
+            for number in draw.sample(range(len(captioned)), config.reveal)
+        }
+        for _ in range(config.draws)
+    ]
+
+
+def _caption_probe(config: ProbeConfig, image: ImageSpec, seed: int) -> _CaptionProbe | None:
     if config.captioned is None and config.dev is None:
         return None
     if config.captioned is None or config.dev is None:
@@ -168,7 +215,7 @@ def _caption_probe(config: ProbeConfig, image: ImageSpec) -> _CaptionProbe | Non
     captioned = read_captioned(config.captioned, config.images, config.captioned_split)
     dev = read_captioned(config.dev, config.images, config.dev_split)
     check_apart(captioned, dev, "probe.captioned", "probe.dev")
-    return _CaptionProbe(captioned, dev, image)
+    return _CaptionProbe(captioned, dev, image, _draws(config, captioned, seed))
 
 
 class _LabelProbe:

@@ -177,6 +177,19 @@ def test_two_encoders_are_compared_image_by_image(photos: Path) -> None:
     assert paired_difference(good, good)["CIDEr-D"].value == 0.0
 
 
+def test_a_draw_reveals_one_caption_of_so_many_images(photos: Path) -> None:
+    def worth(**keys: int) -> float:
+        config = ProbeConfig(captioned=photos / "captioned.json", dev=photos / "dev.json", **keys)
+        probes = Probes(config, SIZE, read_examples(photos), seed=0)
+        return probes.measure(Colours())["probe/caption_cider"]
+
+    assert worth(reveal=1) < worth(reveal=24) < worth()  # colours come in; typical ones beat drawn
+    few = [worth(reveal=4, draws=draws) for draws in (1, 40, 80)]
+    assert abs(few[2] - few[1]) < 0.5 * abs(few[2] - few[0])  # draws even out
+    with pytest.raises(ConfigError, match=r"probe.reveal = 99, but .* has 32 images"):
+        worth(reveal=99)
+
+
 def test_what_is_measured_must_not_be_copied_from(photos: Path) -> None:
     with pytest.raises(DataError, match=r"32 images are in both probe\.captioned and probe\.dev"):
         probes(photos, dev=photos / "captioned.json")
