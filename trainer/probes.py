@@ -177,7 +177,8 @@ class _CaptionProbe:
             cider.score(self._references, neighbours.copied(features, known[revealed]))
             for revealed, neighbours in self._draws
         ]
-        return mean_scores(*found[0].names, np.mean([one.per_image[:, 0] for one in found], 0))
+        per_image: NDArray[np.float64] = np.mean([one.per_image[:, 0] for one in found], axis=0)
+        return mean_scores(found[0].names[0], per_image)
 
 
 def _draws(
