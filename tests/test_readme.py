@@ -104,7 +104,7 @@ def test_the_tiny_road_in_under_three_minutes(tmp_path: Path) -> None:
     """Train, evaluate, export, publish, serve, POST: the README's block, line by line."""
     for name in ("trainer", "serving", "exports", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    *commands, serve, post = block_with("sh", "tiny/finetune.toml").strip().splitlines()
+    *commands, serve, post = block_with("sh", "tiny/gpt2.toml").strip().splitlines()
     began = time.monotonic()
     for command in commands:
         run = subprocess.run(

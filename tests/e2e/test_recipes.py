@@ -73,7 +73,7 @@ def test_a_run_survives_being_killed_again_and_again(tmp_path: Path) -> None:
         f"data.dev={tmp_path / 'captions_dev.json'}",
         *("image.height=32", "image.width=32", "loop.save_every=2", "loop.epochs=12"),
     ]
-    command = [sys.executable, "-m", "trainer", "finetune", str(RECIPES / "tiny/finetune.toml")]
+    command = [sys.executable, "-m", "trainer", "finetune", str(RECIPES / "tiny/gpt2.toml")]
     subprocess.run([*command, *overrides, "--out", str(tmp_path / "whole")], check=True)
     draw, steps = random.Random(0), _steps(tmp_path / "whole")
     target, kills = 0, 0

@@ -31,9 +31,9 @@ def losses(recipe: str, shapes: Path, folder: Path, *overrides: str) -> list[flo
 
 
 def test_the_tiny_recipe_s(shapes: Path, tmp_path: Path) -> None:
-    found = losses("tiny/finetune.toml", shapes, tmp_path, "loop.epochs=5")
+    found = losses("tiny/gpt2.toml", shapes, tmp_path, "loop.epochs=5")
     assert len(found) == 20
-    assert found == pytest.approx(GOLDEN["tiny/finetune.toml"], rel=2e-3), found
+    assert found == pytest.approx(GOLDEN["tiny/gpt2.toml"], rel=2e-3), found
 
 
 def test_the_base_recipe_s_and_what_scst_makes_of_its_run(shapes: Path, tmp_path: Path) -> None:
