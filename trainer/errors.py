@@ -5,6 +5,7 @@ TrainerError
 ├── ConfigError        a recipe or an override is wrong: the message names the key
 ├── CheckpointError    a checkpoint is missing, damaged or of another run
 ├── DivergenceError    a loss is not a number: the message names the step and what is still good
+├── CollapseError      captions are all alike: the message says whether images count
 ├── ParityError        an exported graph does not behave as the model it came from
 └── QuantisationError  nothing to calibrate integers on, or values that are not finite
 """
@@ -28,6 +29,10 @@ class CheckpointError(TrainerError):
 
 class DivergenceError(TrainerError):
     """A loss is not a number."""
+
+
+class CollapseError(TrainerError):
+    """Captions are all alike, whatever the image."""
 
 
 class ParityError(TrainerError):

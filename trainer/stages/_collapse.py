@@ -20,11 +20,11 @@ class CollapseWatch:
 
     Args:
         epochs: of the run; nothing is said in the first half of them, nor at the end.
-        blindness: returns by how much the loss on the probe rises when images are exchanged.
+        cost_of_wrong_images: by how much the loss on the probe rises when they are exchanged.
     """
 
-    def __init__(self, epochs: int, blindness: Callable[[], float]) -> None:
-        self._epochs, self._cost_of_wrong_images = epochs, blindness
+    def __init__(self, epochs: int, cost_of_wrong_images: Callable[[], float]) -> None:
+        self._epochs, self._cost_of_wrong_images = epochs, cost_of_wrong_images
         self._alike = 0
 
     def check(self, epoch: int, captions: Sequence[str]) -> None:
@@ -41,8 +41,8 @@ class CollapseWatch:
         ((caption, count),) = Counter(probe).most_common(1)
         cost = self._cost_of_wrong_images()
         why = (
-            "a wrong image costs next to nothing, so the decoder does not look: check that captions "
-            "belong to their images, lower optim.lr, give the bridge a larger scale in optim.scales"
+            "a wrong image costs next to nothing, so the decoder does not look: check that the "
+            "captions belong to their images, or lower optim.lr"
             if cost < _DEPENDS
             else "wrong images do cost something, so the decoder looks but says the common thing: "
             "train longer, lower objective.label_smoothing, or caption more different images"

@@ -11,15 +11,17 @@ from exports.text import TextSpec, Tokenizer
 from trainer import variants
 from trainer.captioner import Captioner
 from trainer.data import Example, check_apart
-from trainer.dataset import CaptionDataset
+from trainer.dataset import CaptionDataset, padded
 from trainer.decoding import TorchSteps, best_hypotheses
 from trainer.errors import ConfigError
-from trainer.loop import TrainingLoop
+from trainer.loop import TrainingLoop, device_of
 from trainer.metrics import bleu, cider, distinct
+from trainer.objectives._captioning import cross_entropy
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
 from trainer.run import Run, build_captioner, claimed, run_tokenizer
 from trainer.splits import split_examples
+from trainer.stages._collapse import PROBE, CollapseWatch
 from trainer.transforms import Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
@@ -109,11 +111,31 @@ def _evaluation(
     pixels = load_all(examples, config.image)
     references = [example.captions for example in examples]
 
+    def cost_of_wrong_images() -> float:
+        shown = torch.from_numpy(pixels[:PROBE]).permute(0, 3, 1, 2).to(device_of(config.loop))
+        text, longest = captioner.text, captioner.text.max_length - 2
+        token_ids, lengths = padded(
+            [
+                [text.bos_id, *tokenizer.encode(example.captions[0])[:longest], text.eos_id]
+                for example in examples[:PROBE]
+            ],
+            text.pad_id,
+        )
+        batch = {"token_ids": token_ids.to(shown.device), "lengths": lengths.to(shown.device)}
+        with torch.no_grad():
+            right, wrong = (
+                cross_entropy(captioner, captioner.memory(images), batch, 0.0)[0].item()
+                for images in (shown, shown.roll(1, 0))
+            )
+        return wrong - right
+
+    watch = CollapseWatch(config.loop.epochs, cost_of_wrong_images)
+
     def evaluate(epoch: int) -> dict[str, float]:
-        del epoch
         steps = TorchSteps(captioner)
         best = best_hypotheses(steps, pixels, config.generation, progress=False)
         captions = [tokenizer.decode(hypothesis.token_ids) for hypothesis in best]
+        watch.check(epoch, captions)
         figures = [m.score(references, captions).corpus for m in (cider, bleu, distinct)]
         return {f"dev/{name}": value for part in figures for name, value in part.items()}
 
