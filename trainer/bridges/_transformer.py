@@ -34,20 +34,20 @@ class Layer(nn.Module):
 
 
 class Positioned(nn.Module):
-    """Base of bridges with a learned `position` (1, N, D) for each image token."""
+    """Base of bridges with a learned `position`, which may come from another grid of tokens."""
 
     position: nn.Parameter
-
-    def __init__(self, tokens: int, width: int) -> None:
-        super().__init__()
-        self.position = nn.Parameter(torch.zeros(1, tokens, width))
-        nn.init.normal_(self.position, std=0.02)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
         name = f"{prefix}position"
         if name in state:
             state[name] = resize_positions(state[name], self.position.shape[1])
         super()._load_from_state_dict(state, prefix, *rest)
+
+
+def positions(tokens: int, width: int) -> nn.Parameter:
+    """Returns (1, N, D), a vector for each image token."""
+    return nn.Parameter(torch.zeros(1, tokens, width).normal_(std=0.02))
 
 
 def resize_positions(position: Tensor, tokens: int) -> Tensor:

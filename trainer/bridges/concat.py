@@ -9,7 +9,7 @@ Departure: each token has a learned position, since not every encoder has given 
 
 from torch import Tensor, nn
 
-from trainer.bridges._transformer import Positioned
+from trainer.bridges._transformer import Positioned, positions
 from trainer.config import Config as BaseConfig
 from trainer.reading import Reading
 
@@ -36,9 +36,10 @@ class Bridge(Positioned):
         self, config: Config, *, encoder_width: int, decoder_width: int, tokens: int
     ) -> None:
         del config
-        super().__init__(tokens, decoder_width)
+        super().__init__()
         self.project = nn.Linear(encoder_width, decoder_width)
         self.norm = nn.LayerNorm(decoder_width)
+        self.position = positions(tokens, decoder_width)
 
     def forward(self, image_tokens: Tensor) -> Tensor:
         """Returns (B, N, D_decoder) from image_tokens (B, N, D_encoder)."""

@@ -7,7 +7,7 @@ captioning: Cornia et al., 2020, https://arxiv.org/abs/1912.08226).
 
 from torch import Tensor, nn
 
-from trainer.bridges._transformer import Layer, Positioned
+from trainer.bridges._transformer import Layer, Positioned, positions
 from trainer.config import Config as BaseConfig
 from trainer.reading import Reading
 
@@ -37,12 +37,13 @@ class Bridge(Positioned):
     def __init__(
         self, config: Config, *, encoder_width: int, decoder_width: int, tokens: int
     ) -> None:
-        super().__init__(tokens, decoder_width)
+        super().__init__()
         self.project = nn.Sequential(
             nn.LayerNorm(encoder_width),
             nn.Linear(encoder_width, decoder_width),
             nn.Dropout(config.dropout),
         )
+        self.position = positions(tokens, decoder_width)
         self.layers = nn.ModuleList(
             Layer(decoder_width, config.heads, config.dropout) for _ in range(config.layers)
         )

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from trainer.attention import split_heads
-from trainer.bridges._transformer import Positioned
+from trainer.bridges._transformer import Positioned, positions
 from trainer.config import Config as BaseConfig
 from trainer.reading import Reading
 
@@ -42,8 +42,9 @@ class Bridge(Positioned):
     def __init__(
         self, config: Config, *, encoder_width: int, decoder_width: int, tokens: int
     ) -> None:
-        super().__init__(tokens, decoder_width)
+        super().__init__()
         self.project = nn.Linear(encoder_width, decoder_width)
+        self.position = positions(tokens, decoder_width)
         self.latents = nn.Parameter(torch.randn(1, config.latents, decoder_width) * 0.02)
         self.layers = nn.ModuleList(
             _Layer(decoder_width, config.heads) for _ in range(config.layers)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainer.bridges._transformer import Layer, Positioned
+from trainer.bridges._transformer import Layer, Positioned, positions
 from trainer.config import Config as BaseConfig
 from trainer.reading import Reading
 
@@ -79,10 +79,11 @@ class _Mlp(nn.Sequential):
 
 class _Transformer(Positioned):
     def __init__(self, config: Config, encoder_width: int, decoder_width: int, tokens: int) -> None:
-        super().__init__(tokens, decoder_width)
+        super().__init__()
         self.project = nn.Sequential(
             nn.LayerNorm(encoder_width), nn.Linear(encoder_width, decoder_width)
         )
+        self.position = positions(tokens, decoder_width)
         self.constants = nn.Parameter(torch.randn(1, config.length, decoder_width) * 0.02)
         self.layers = nn.ModuleList(
             Layer(decoder_width, config.heads, config.dropout) for _ in range(config.layers)
