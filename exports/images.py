@@ -38,14 +38,15 @@ class ImageSpec(BaseModel):
     """The pixels that an encoder graph takes.
 
     `squash` stretches the whole photograph to the target; `center_crop` keeps the aspect ratio and
-    cuts what juts out on both sides.
+    cuts what juts out on both sides; `shortest_edge` does so after the resize, in whole pixels, as
+    CLIP's preprocessing does (Radford et al., 2021, https://arxiv.org/abs/2103.00020).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     height: int = Field(ge=1, le=4096)
     width: int = Field(ge=1, le=4096)
-    resize: Literal["squash", "center_crop"] = "squash"
+    resize: Literal["squash", "center_crop", "shortest_edge"] = "squash"
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
 
@@ -68,8 +69,9 @@ def preprocess(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     image = _to_rgb(image)
+    box = _whole_pixels if spec.resize == "shortest_edge" else _box
     resized = image.resize(
-        (spec.width, spec.height), _RESAMPLING[spec.interpolation], box=_box(image.size, spec)
+        (spec.width, spec.height), _RESAMPLING[spec.interpolation], box=box(image.size, spec)
     )
     return np.array(resized, dtype=np.uint8)  # a copy: arrays on PIL memory are read-only
 
@@ -148,4 +150,23 @@ def _box(size: tuple[int, int], spec: ImageSpec) -> tuple[float, float, float, f
         max(upper, 0.0),
         min(left + spec.width * scale, float(width)),
         min(upper + spec.height * scale, float(height)),
+    )
+
+
+def _whole_pixels(size: tuple[int, int], spec: ImageSpec) -> tuple[float, float, float, float]:
+    """Returns the box whose resize is a resize of all of the picture, cut to the target.
+
+    Only what is left after the cut is computed, so that no aspect ratio takes much memory.
+    """
+    width, height = size
+    if spec.width * height > spec.height * width:
+        across, down = spec.width, max(spec.height, spec.width * height // width)
+    else:
+        across, down = max(spec.width, spec.height * width // height), spec.height
+    left, upper = (across - spec.width) // 2, (down - spec.height) // 2
+    return (
+        left * width / across,
+        upper * height / down,
+        min((left + spec.width) * width / across, float(width)),
+        min((upper + spec.height) * height / down, float(height)),
     )
