@@ -32,6 +32,7 @@ _RESAMPLING = {
 # JPEG is decoded at 1/2, 1/4 or 1/8 as long as this many times the target size is left, so that
 # the antialiased resize, not the decoder's box filter, makes the picture.
 _DRAFT_MARGIN = 2
+_LONGEST = 16  # how many targets in a row may be covered before the rest is cut off
 
 
 class ImageSpec(BaseModel):
@@ -39,7 +40,8 @@ class ImageSpec(BaseModel):
 
     `squash` stretches the whole photograph to the target; `center_crop` keeps the aspect ratio and
     cuts what juts out on both sides; `shortest_edge` does so after the resize, in whole pixels, as
-    CLIP's preprocessing does (Radford et al., 2021, https://arxiv.org/abs/2103.00020).
+    CLIP's preprocessing does (Radford et al., 2021, https://arxiv.org/abs/2103.00020); pictures
+    longer than 16 targets are cut first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,10 +71,12 @@ def preprocess(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     image = _to_rgb(image)
-    box = _whole_pixels if spec.resize == "shortest_edge" else _box
-    resized = image.resize(
-        (spec.width, spec.height), _RESAMPLING[spec.interpolation], box=box(image.size, spec)
-    )
+    if spec.resize == "shortest_edge" and not _is_long(image, spec):
+        resized = _cover_and_cut(image, spec)
+    else:
+        resized = image.resize(
+            (spec.width, spec.height), _RESAMPLING[spec.interpolation], box=_box(image.size, spec)
+        )
     return np.array(resized, dtype=np.uint8)  # a copy: arrays on PIL memory are read-only
 
 
@@ -153,20 +157,22 @@ def _box(size: tuple[int, int], spec: ImageSpec) -> tuple[float, float, float, f
     )
 
 
-def _whole_pixels(size: tuple[int, int], spec: ImageSpec) -> tuple[float, float, float, float]:
-    """Returns the box whose resize is a resize of all of the picture, cut to the target.
+def _cover_and_cut(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Returns `image` resized to cover the target, cut to it in whole pixels.
 
-    Only what is left after the cut is computed, so that no aspect ratio takes much memory.
+    A box would give other pixels: the order in which Pillow resizes rows and columns depends on how
+    many there are.
     """
-    width, height = size
-    if spec.width * height > spec.height * width:
-        across, down = spec.width, max(spec.height, spec.width * height // width)
+    if spec.width * image.height > spec.height * image.width:
+        across, down = spec.width, max(spec.height, spec.width * image.height // image.width)
     else:
-        across, down = max(spec.width, spec.height * width // height), spec.height
+        across, down = max(spec.width, spec.height * image.width // image.height), spec.height
+    resized = image.resize((across, down), _RESAMPLING[spec.interpolation])
     left, upper = (across - spec.width) // 2, (down - spec.height) // 2
-    return (
-        left * width / across,
-        upper * height / down,
-        min((left + spec.width) * width / across, float(width)),
-        min((upper + spec.height) * height / down, float(height)),
-    )
+    return resized.crop((left, upper, left + spec.width, upper + spec.height))
+
+
+def _is_long(image: Image.Image, spec: ImageSpec) -> bool:
+    """Returns whether covering the target would take a picture many times as large."""
+    down, across = image.height * spec.width, image.width * spec.height
+    return max(down, across) > _LONGEST * min(down, across)

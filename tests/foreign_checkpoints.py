@@ -133,7 +133,7 @@ def _tower() -> dict[str, Any]:
 
 
 def _saved(folder: Path, model: Any, decoder: Any, tokenizer: Any, processor: Any) -> Any:
-    """Writes everything; weights are made larger first, so that captions differ and end."""
+    """Writes everything; weights are made larger first, so that captions differ and some end."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -142,7 +142,9 @@ def _saved(folder: Path, model: Any, decoder: Any, tokenizer: Any, processor: An
                 parameter.normal_(std=0.1)
         head = decoder.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
-            head.bias[3] += 0.5
+            head.bias[3] += 2
+        else:
+            head.weight[tokenizer.eos_token_id] *= 3
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
     return model.eval()

@@ -38,11 +38,9 @@ class Imported:
         self.model = getattr(foreign_checkpoints, family)(self.folder)
         registry, out = root / "registry", root / f"{family}-out"
         name = family.replace("_", "-")
-        done = main(
-            ["import", str(self.folder), "--name", name, "--registry", str(registry)]
-            + ["--out", str(out), "--licence", "MIT"]
-        )
-        assert done == 0
+        places = ["--registry", str(registry), "--out", str(out)]
+        command = ["import", str(self.folder), "--name", name, "--licence", "MIT", *places]
+        assert main(command) == 0
         self.served = Captioner.load(Registry(registry).resolve(name).path, threads=1)
         self.processor = PROCESSORS[family].from_pretrained(self.folder)
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
@@ -123,7 +121,7 @@ def check(imported: Imported, count: int) -> None:
             captions = imported.said(picture, imported.params(num_beams=beams, num_captions=beams))
             assert [caption.token_ids for caption in captions] == ids
             if scores is not None:
-                assert [c.score for c in captions] == pytest.approx(scores, abs=1e-4)
+                assert [c.score for c in captions] == pytest.approx(scores, abs=5e-4)
             decoded = imported.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
             assert captions[0].text == decoded
             texts.add(captions[0].text)
@@ -168,7 +166,7 @@ def test_pixels_are_those_of_the_image_processor(imported: Imported) -> None:
     for picture in pictures(20):
         theirs = imported.processor(picture, return_tensors="np").pixel_values[0] * std + mean
         ours = preprocess(picture, spec).transpose(2, 0, 1) / 255
-        assert np.abs(theirs - ours).max() < 1.01 / 255
+        assert np.abs(theirs - ours).max() < 1e-6
 
 
 def test_a_bundle_says_what_it_was_made_of(imported: Imported) -> None:
