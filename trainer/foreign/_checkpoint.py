@@ -84,6 +84,7 @@ def read(folder: Path) -> Checkpoint:
     config = _config(folder)
     family = _family(folder, config)
     with quiet():
+        tables = _tables(folder, family)
         model = _model(folder, family)
         tokenizer_json, largest = _tokenizer(folder)
         try:
@@ -94,10 +95,6 @@ def read(folder: Path) -> Checkpoint:
                 "processor beside the weights with save_pretrained"
             ) from error
     pixels = pixels_of(processor, f"{folder}: preprocessor_config.json")
-    try:
-        tables: Tables = family.tables(model.config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
     if (pixels.image.height, pixels.image.width) != tables.side:
         raise CheckpointError(
             f"{folder}: images are prepared as {pixels.image.height} x {pixels.image.width}, but "
@@ -139,6 +136,15 @@ def _family(folder: Path, config: dict[str, Any]) -> ModuleType:
             f"{', '.join(classes.values())}"
         )
     return variants.load("foreign", name)
+
+
+def _tables(folder: Path, family: ModuleType) -> Tables:
+    try:
+        config = getattr(transformers, family.CLASS).config_class.from_pretrained(folder)
+        tables: Tables = family.tables(config)
+    except (CheckpointError, OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return tables
 
 
 def _model(folder: Path, family: ModuleType) -> Any:

@@ -1,9 +1,13 @@
 """Image preprocessing of `transformers` as an `ImageSpec` and a normalisation.
 
-`exports.images.preprocess` gives the pixels of its PIL processors, to the last bit or one step of
-255; its default processors resize in PyTorch, which rounds otherwise by such a step. Differences
-are meant: photographs are turned upright and transparency is laid on white, which those processors
-leave to the caller, and a large JPEG is decoded at a fraction of its size.
+`exports.images.preprocess` gives the pixels of its PIL processors, bit for bit. Elsewhere they
+differ:
+
+1. Its default processors resize in PyTorch, which rounds otherwise: by one step of 255, seldom two.
+2. A JPEG of at least four times the target's size is decoded at a fraction of its own: by up to 14
+   steps at edges, by one on average.
+3. Photographs are turned upright by their EXIF, transparency is laid on white, and of pictures 16
+   times as long as wide the ends are cut off first; those processors do nothing of it.
 """
 
 from typing import Any, NamedTuple
