@@ -8,7 +8,7 @@ import foreign_checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, ViTImageProcessor
+from transformers import BlipImageProcessor, CLIPImageProcessor, ViTImageProcessor
 
 from trainer import importing, variants
 from trainer.__main__ import main
@@ -112,6 +112,8 @@ def test_image_processors_are_taken_over_or_refused() -> None:
     assert found.std == pytest.approx([63.75] * 3)
     plain = pixels_of(ViTImageProcessor(size=size, do_normalize=False, do_rescale=False), "p")
     assert (plain.mean, plain.std) == ((0.0,) * 3, (1.0,) * 3)
+    padded = BlipImageProcessor(do_pad=True, size_divisor=32)  # as BLIP's own are saved
+    assert pixels_of(padded, "p").image.height == 384
     for refused, message in (
         (ViTImageProcessor(size=size, resample=0), "p: resample = 0; 2 .bilinear. and 3"),
         (ViTImageProcessor(size=size, do_resize=False), "do_resize False"),

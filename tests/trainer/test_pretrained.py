@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from foreign_checkpoints import byte_pairs, word_pieces
@@ -21,9 +22,14 @@ from transformers import (
 )
 
 from exports.images import ImageSpec
+from exports.manifest import Generation
 from trainer.captioner import Captioner
 from trainer.decoders._pretrained import read_text
+from trainer.decoding import TorchSteps
 from trainer.errors import CheckpointError, ConfigError, DataError
+from trainer.graphs import export_decoder, export_encoder
+from trainer.onnx_steps import OnnxSteps
+from trainer.parity import compare
 from trainer.run import Run
 from trainer.stages import finetune
 
@@ -124,6 +130,29 @@ def captioner(name: str, folder: Path, bridge: dict[str, Any] | None = None, **m
         image=IMAGE,
         text=text,
     ).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "made", "bridge"),
+    [
+        ("llama", llama, {"name": "perceiver", "latents": 2, "layers": 1, "heads": 2}),
+        ("llama", llama, {"name": "prefix", "length": 3}),
+        ("bart", bart, None),
+        ("t5", t5, None),
+    ],
+)
+def test_sizes_of_their_own_export(name: str, made: Any, bridge: Any, tmp_path: Path) -> None:
+    saved(tmp_path, made)
+    ours = captioner(name, tmp_path, bridge)
+    for gated in ours.decoder.gated:
+        gated.attention_gate.data.fill_(0.5)
+    encoder, encoder_spec = export_encoder(ours)
+    decoder, decoder_spec = export_decoder(ours)
+    steps = OnnxSteps(encoder, decoder, encoder_spec, decoder_spec, ours.text)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 3), np.uint8)
+    generation = Generation(num_beams=3, max_new_tokens=8)
+    compare(TorchSteps(ours), steps, pixels, generation).check()
 
 
 def draw(model: Any) -> torch.Tensor:

@@ -65,15 +65,14 @@ def _size(processor: Any, where: str) -> tuple[int, int, str]:
     size: Any = processor.size
     crop: Any = getattr(processor, "crop_size", None)
     crops = bool(getattr(processor, "do_center_crop", False))
-    pads = bool(getattr(processor, "do_pad", False))
-    if processor.do_resize and not pads:
+    if processor.do_resize:  # after which padding, where it is asked for, finds nothing to do
         if size.height and size.width and not crops:
             return size.height, size.width, "squash"
         if size.shortest_edge and crops and crop.height == crop.width == size.shortest_edge:
             return crop.height, crop.width, "shortest_edge"
     raise CheckpointError(
         f"{where}: do_resize {processor.do_resize} to {_words(size)}, do_center_crop {crops} to "
-        f"{_words(crop)}, do_pad {pads}; supported are a resize to height and width, and one of "
+        f"{_words(crop)}; supported are a resize to height and width, and one of "
         "the shortest edge with a square crop of that size"
     )
 
