@@ -32,20 +32,23 @@ _RESAMPLING = {
 # JPEG is decoded at 1/2, 1/4 or 1/8 as long as this many times the target size is left, so that
 # the antialiased resize, not the decoder's box filter, makes the picture.
 _DRAFT_MARGIN = 2
+_LONGEST = 16  # how many targets in a row may be covered before the rest is cut off
 
 
 class ImageSpec(BaseModel):
     """The pixels that an encoder graph takes.
 
     `squash` stretches the whole photograph to the target; `center_crop` keeps the aspect ratio and
-    cuts what juts out on both sides.
+    cuts what juts out on both sides; `shortest_edge` does so after the resize, in whole pixels, as
+    CLIP's preprocessing does (Radford et al., 2021, https://arxiv.org/abs/2103.00020); pictures
+    longer than 16 targets are cut first.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     height: int = Field(ge=1, le=4096)
     width: int = Field(ge=1, le=4096)
-    resize: Literal["squash", "center_crop"] = "squash"
+    resize: Literal["squash", "center_crop", "shortest_edge"] = "squash"
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
 
@@ -68,9 +71,12 @@ def preprocess(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     image = _to_rgb(image)
-    resized = image.resize(
-        (spec.width, spec.height), _RESAMPLING[spec.interpolation], box=_box(image.size, spec)
-    )
+    if spec.resize == "shortest_edge" and not _is_long(image, spec):
+        resized = _cover_and_cut(image, spec)
+    else:
+        resized = image.resize(
+            (spec.width, spec.height), _RESAMPLING[spec.interpolation], box=_box(image.size, spec)
+        )
     return np.array(resized, dtype=np.uint8)  # a copy: arrays on PIL memory are read-only
 
 
@@ -149,3 +155,24 @@ def _box(size: tuple[int, int], spec: ImageSpec) -> tuple[float, float, float, f
         min(left + spec.width * scale, float(width)),
         min(upper + spec.height * scale, float(height)),
     )
+
+
+def _cover_and_cut(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Returns `image` resized to cover the target, cut to it in whole pixels.
+
+    A box would give other pixels: the order in which Pillow resizes rows and columns depends on how
+    many there are.
+    """
+    if spec.width * image.height > spec.height * image.width:
+        across, down = spec.width, max(spec.height, spec.width * image.height // image.width)
+    else:
+        across, down = max(spec.width, spec.height * image.width // image.height), spec.height
+    resized = image.resize((across, down), _RESAMPLING[spec.interpolation])
+    left, upper = (across - spec.width) // 2, (down - spec.height) // 2
+    return resized.crop((left, upper, left + spec.width, upper + spec.height))
+
+
+def _is_long(image: Image.Image, spec: ImageSpec) -> bool:
+    """Returns whether covering the target would take a picture many times as large."""
+    down, across = image.height * spec.width, image.width * spec.height
+    return max(down, across) > _LONGEST * min(down, across)

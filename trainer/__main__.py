@@ -1,7 +1,12 @@
-"""The trainer's command line: `python -m trainer STAGE RECIPE [section.key=value ...]`."""
+"""The trainer's command line.
+
+python -m trainer STAGE RECIPE [section.key=value ...]
+python -m trainer import DIR --name NAME [--registry REGISTRY]
+"""
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from exports.errors import ExportsError
@@ -12,8 +17,44 @@ from trainer.errors import ConfigError, TrainerError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one stage; returns 0, or 1 after one line that says what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
+    """Runs one stage or an import; returns 0, or 1 after one line that says what is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    work = _import if argv[:1] == ["import"] else _stage
+    try:
+        work(argv)
+    except (TrainerError, ExportsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _import(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer import",
+        description="A captioner that transformers' save_pretrained wrote becomes a bundle.",
+    )
+    parser.add_argument("folder", type=Path, help="what save_pretrained wrote")
+    parser.add_argument("--name", required=True, help="of the model in a registry")
+    parser.add_argument("--registry", type=Path, help="where to publish it as the next version")
+    parser.add_argument("--out", type=Path, help="folder of the bundle (runs/<name>)")
+    parser.add_argument("--licence", default="not stated", help="of the weights")
+    parser.add_argument("--description", help="one line; by default where it came from")
+    parser.add_argument(
+        "--golden", type=Path, nargs="+", default=(), metavar="PICTURE", help="published with it"
+    )
+    arguments = vars(parser.parse_args(argv[1:]))
+    out_dir = arguments.pop("out") or Path("runs") / arguments["name"]
+    importing = import_module("trainer.importing")  # as late as a stage, for what it imports itself
+    config = validate(importing.Config, arguments, "import")
+    importing.run(config, out_dir)
+
+
+def _stage(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("stage", choices=variants.names("stages"))
     parser.add_argument("recipe", type=Path, help="a TOML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -22,26 +63,21 @@ def main(argv: list[str] | None = None) -> int:
         "--workers", type=int, default=1, help="processes that share every batch (Ray Train)"
     )
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        stage = variants.load("stages", arguments.stage)
-        recipe = read_recipe(arguments.recipe, arguments.overrides)
-        config = validate(stage.Config, recipe, str(arguments.recipe))
-        out_dir = arguments.out or Path("runs") / arguments.recipe.stem
-        if arguments.workers != 1 and arguments.stage != "pretrain":
-            raise ConfigError(
-                f"--workers {arguments.workers}: only pretrain is shared by several processes; "
-                f"leave it out for {arguments.stage}"
-            )
-        if arguments.workers < 1:
-            raise ConfigError(f"--workers {arguments.workers}; at least one is needed")
-        if arguments.workers > 1:
-            launch(arguments.workers, arguments.stage, recipe, str(arguments.recipe), out_dir)
-        else:
-            stage.run(config, out_dir)
-    except (TrainerError, ExportsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    stage = variants.load("stages", arguments.stage)
+    recipe = read_recipe(arguments.recipe, arguments.overrides)
+    config = validate(stage.Config, recipe, str(arguments.recipe))
+    out_dir = arguments.out or Path("runs") / arguments.recipe.stem
+    if arguments.workers != 1 and arguments.stage != "pretrain":
+        raise ConfigError(
+            f"--workers {arguments.workers}: only pretrain is shared by several processes; "
+            f"leave it out for {arguments.stage}"
+        )
+    if arguments.workers < 1:
+        raise ConfigError(f"--workers {arguments.workers}; at least one is needed")
+    if arguments.workers > 1:
+        launch(arguments.workers, arguments.stage, recipe, str(arguments.recipe), out_dir)
+    else:
+        stage.run(config, out_dir)
 
 
 if __name__ == "__main__":

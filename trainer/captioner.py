@@ -48,7 +48,7 @@ class Captioner(nn.Module):
         self.bridge = bridges.Bridge(
             bridge_config,
             encoder_width=self.encoder.width,
-            decoder_width=self.decoder.width,
+            decoder_width=self.decoder.image_width,
             tokens=probe.shape[1],
         )
         self.matcher: Matcher | None = None

@@ -2,6 +2,8 @@
 
 - `recipe.json`: the resolved recipe, defaults included;
 - `tokenizer.json`, and `text.json`, its special ids and lengths;
+- `decoder.json`, the architecture of a decoder that began with a checkpoint of `transformers`; with
+  it the checkpoint itself is needed no more;
 - `last.safetensors`: the whole state of the loop (see `trainer.checkpoint`);
 - `log.jsonl`: losses and figures by step; `tensorboard/`: the same as curves.
 """
@@ -18,6 +20,7 @@ from pydantic import Field, field_validator
 from exports.images import ImageSpec
 from exports.manifest import Generation
 from exports.text import TextSpec, Tokenizer
+from trainer import variants
 from trainer.captioner import Captioner
 from trainer.checkpoint import CHECKPOINT
 from trainer.config import Config, validate, write_resolved
@@ -30,6 +33,8 @@ from trainer.optim import Optim
 from trainer.probes import ProbeConfig
 from trainer.tokenizer import train_tokenizer
 from trainer.transforms import Augment
+
+_ARCHITECTURE = "decoder.json"
 
 
 class Data(Config):
@@ -162,7 +167,8 @@ def _claim(config: Config, folder: Path, changeable: Any) -> None:
                 f"{new[table]}); choose another folder with --out, or remove this one"
             )
     else:
-        (folder / "text.json").unlink(missing_ok=True)  # of a run that never saved
+        for name in ("text.json", _ARCHITECTURE):  # of a run that never saved
+            (folder / name).unlink(missing_ok=True)
     write_resolved(config, path)
 
 
@@ -179,6 +185,51 @@ def run_tokenizer(
     barrier()
     text = TextSpec.model_validate_json(spec_path.read_text(encoding="utf-8"))
     return text, Tokenizer(path.read_bytes(), text)
+
+
+def keep_pretrained_text(
+    decoder: dict[str, Any], examples: Sequence[Example], folder: Path
+) -> None:
+    """Writes the tokenizer and the architecture of a decoder's checkpoint to a run's folder.
+
+    Args:
+        decoder: the `[decoder]` table; nothing is written where it names no `weights`.
+        examples: whose captions must be spelt with it.
+        folder: of the run.
+
+    Raises:
+        ConfigError: the tokenizer will not do; DataError: it cannot spell a caption.
+    """
+    _, config = variants.parse("decoders", decoder)
+    source, max_length = (getattr(config, key) for key in ("weights", "max_length"))
+    if not source:
+        return
+    # As late as the decoders: `transformers` takes seconds to import.
+    from trainer.decoders._pretrained import read_text
+
+    captions = (caption for example in examples for caption in example.captions)
+    body, text, architecture = read_text(source, captions, max_length=max_length)
+    (folder / "tokenizer.json").write_bytes(body)
+    (folder / _ARCHITECTURE).write_text(json.dumps(architecture) + "\n", encoding="utf-8")
+    (folder / "text.json").write_text(text.model_dump_json() + "\n", encoding="utf-8")
+
+
+def copy_text(start: Path, folder: Path) -> None:
+    """Copies tokenizer and decoder architecture of the run `start` to another run's folder.
+
+    Raises:
+        CheckpointError: there is no such run.
+    """
+    Run(start)
+    for name in ("tokenizer.json", _ARCHITECTURE, "text.json"):
+        if (start / name).exists():
+            (folder / name).write_bytes((start / name).read_bytes())
+
+
+def kept_architecture(folder: Path) -> dict[str, Any] | None:
+    """Returns the architecture of the checkpoint that a run's decoder began with, if it did."""
+    path = folder / _ARCHITECTURE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 class Run:
@@ -208,7 +259,10 @@ class Run:
 
     def captioner(self) -> Captioner:
         """Returns the trained captioner, with the kept weights (the moving average, if any)."""
-        captioner = build_captioner(self.recipe, self.text, pretrained=False)
+        architecture = kept_architecture(self.folder)
+        captioner = build_captioner(
+            self.recipe, self.text, pretrained=False, architecture=architecture
+        )
         self.load_into(captioner)
         return captioner.eval()
 
@@ -217,13 +271,30 @@ class Run:
         load_kept_weights(captioner, self.folder / CHECKPOINT, "captioner.")
 
 
-def build_captioner(recipe: Recipe, text: TextSpec, *, pretrained: bool = True) -> Captioner:
-    """Returns the recipe's captioner, with its starting weights unless others replace them."""
-    encoder = recipe.encoder if pretrained else {**recipe.encoder, "weights": ""}
+def build_captioner(
+    recipe: Recipe,
+    text: TextSpec,
+    *,
+    pretrained: bool = True,
+    architecture: dict[str, Any] | None = None,
+) -> Captioner:
+    """Returns the recipe's captioner.
+
+    Args:
+        recipe: its tables.
+        text: vocabulary and special ids.
+        pretrained: with its starting weights; not where others replace them.
+        architecture: of the decoder, where the run has kept one.
+    """
+    encoder, decoder = dict(recipe.encoder), dict(recipe.decoder)
+    if not pretrained:
+        encoder["weights"] = decoder["weights"] = ""
+    if architecture is not None:
+        decoder["architecture"] = architecture
     return Captioner(
         encoder=encoder,
         bridge=recipe.bridge,
-        decoder=recipe.decoder,
+        decoder=decoder,
         image=recipe.image,
         text=text,
         matcher=recipe.matcher,

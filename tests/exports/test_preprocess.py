@@ -1,4 +1,5 @@
 import io
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -202,7 +203,7 @@ def test_an_animation_is_its_first_frame(image_format: str) -> None:
     assert preprocess(image, SPEC)[5, 5].tolist() == [255, 0, 0]
 
 
-@pytest.mark.parametrize("resize", ["squash", "center_crop"])
+@pytest.mark.parametrize("resize", ["squash", "center_crop", "shortest_edge"])
 @pytest.mark.parametrize("size", [(1, 1), (10_000, 1), (1, 10_000), (3, 7)])
 def test_any_shape_of_picture(size: tuple[int, int], resize: str) -> None:
     spec = ImageSpec.model_validate({"height": 48, "width": 32, "resize": resize})
@@ -224,6 +225,36 @@ def test_squash_keeps_everything_and_center_crop_keeps_the_middle() -> None:
     assert squashed[10, 0].tolist() == [255, 0, 0]
     assert squashed[10, 19].tolist() == [0, 0, 255]
     assert cropped[:, 1:-1].max() == 0  # the filter looks one pixel over the edge of the crop
+
+
+@pytest.mark.parametrize(
+    ("size", "whole"), [((53, 67), (48, 60)), ((90, 51), (84, 48)), ((48, 48), (48, 48))]
+)
+def test_shortest_edge_is_a_resize_and_then_a_cut(
+    size: tuple[int, int], whole: tuple[int, int]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(noise)
+
+    found = preprocess(image, ImageSpec(height=48, width=48, resize="shortest_edge"))
+
+    left, upper = (whole[0] - 48) // 2, (whole[1] - 48) // 2
+    resized = np.asarray(image.resize(whole, Image.Resampling.BICUBIC))
+    assert np.array_equal(found, resized[upper : upper + 48, left : left + 48])
+
+
+def test_a_long_picture_is_cut_before_it_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, resize = [], Image.Image.resize
+
+    def watched(image: Image.Image, size: tuple[int, int], *rest: Any, **more: Any) -> Image.Image:
+        sizes.append(size)
+        return resize(image, size, *rest, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    spec = ImageSpec(height=48, width=48, resize="shortest_edge")
+    for width in (32, 33):
+        preprocess(Image.new("RGB", (width, 2)), spec)
+    assert sizes == [(16 * 48, 48), (48, 48)]
 
 
 def test_shrinking_is_antialiased() -> None:

@@ -156,7 +156,7 @@ except ImageTooLarge:
     assert int(done.stdout) <= 4  # MiB
 
 
-@pytest.mark.parametrize("resize", ["squash", "center_crop"])
+@pytest.mark.parametrize("resize", ["squash", "center_crop", "shortest_edge"])
 @pytest.mark.parametrize("size", [(10_000, 1), (1, 10_000), (1, 1)])
 def test_extreme_shapes_work(resize, size):
     body = BytesIO()

@@ -16,6 +16,7 @@ GPT2 = {"name": "gpt2", "width": 32, "layers": 2, "heads": 2, "dropout": 0.0, "m
 BRIDGES = {
     "concat": {},
     "cross_attention": {"layers": 1, "heads": 2, "dropout": 0.0},
+    "linear": {},
     "perceiver": {"latents": 4, "layers": 1, "heads": 2},
     "prefix": {"length": 3},
 }

@@ -1,11 +1,11 @@
 """What all decoder families share: how they are run, and how they come to see an image."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from exports.text import TextSpec
 from trainer.attention import Attention, Memory, SequenceAttention
 from trainer.config import Config as BaseConfig
 from trainer.decoders._gated import GatedCrossAttention
@@ -22,6 +22,19 @@ class DecoderConfig(BaseConfig):
     dropout: float = 0.1
     max_length: int = 40
     """The longest sequence, with `<bos>` and `<eos>`."""
+    weights: str = ""
+    """A checkpoint of `transformers` to begin with: the folder that `save_pretrained` wrote, or a
+    name on the hub. Its sizes take the place of `width`, `layers` and `heads`, its tokenizer that
+    of one's own; empty for random weights."""
+    architecture: dict[str, Any] | None = None
+    """The `config.json` of such a checkpoint. A run that began with one keeps it."""
+
+    @model_validator(mode="after")
+    def _says_its_sizes_once(self) -> Self:
+        sizes = {"width", "layers", "heads", "key_value_heads"} & self.model_fields_set
+        if sizes and (self.weights or self.architecture):
+            raise ValueError(f"leave {', '.join(sorted(sizes))} out: weights has sizes of its own")
+        return self
 
 
 class Decoder(nn.Module):
@@ -32,10 +45,10 @@ class Decoder(nn.Module):
 
     Args:
         config: the recipe's table.
-        text: vocabulary and special ids.
         reading: how the bridge wants the image to be read.
         width: D; `layers`: L; `heads` of keys and values: H; `head_dim`: the width of a head.
         query_heads: where several share the keys of one; by default H.
+        image_width: of the tokens that it takes from a bridge; by default D.
 
     Raises:
         ConfigError: this family cannot read an image that way.
@@ -56,6 +69,7 @@ class Decoder(nn.Module):
         heads: int,
         head_dim: int,
         query_heads: int | None = None,
+        image_width: int | None = None,
     ) -> None:
         super().__init__()
         self.reading = reading
@@ -66,6 +80,7 @@ class Decoder(nn.Module):
                 f"{' or '.join(self.kinds)}: choose another bridge or decoder"
             )
         self.width, self.layers, self.heads, self.head_dim = width, layers, heads, head_dim
+        self.image_width = image_width or width
         self.max_length, self.dropout = config.max_length, config.dropout
         self.gated = nn.ModuleList()
         if reading.kind == "gated":
@@ -165,12 +180,3 @@ def dense(layer: Any, values: Tensor) -> Tensor:
         return torch.addmm(layer.bias, values, layer.weight)
     whole: Tensor = layer(values)
     return whole
-
-
-def check_text(text: TextSpec, vocabulary: int, what: str) -> None:
-    """Raises ConfigError where a checkpoint's embeddings do not hold the tokenizer's ids."""
-    if text.vocab_size > vocabulary:
-        raise ConfigError(
-            f"{what} embeds {vocabulary} tokens, but the tokenizer has {text.vocab_size}; use the "
-            "tokenizer of the checkpoint"
-        )

@@ -6,12 +6,13 @@ Lewis et al., 2019, "BART: Denoising Sequence-to-Sequence Pre-training", https:/
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import BartConfig, BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, BartForConditionalGeneration
 
 from exports.text import TextSpec
 from trainer.attention import Attention, split_heads
 from trainer.decoders._decoder import Decoder as Base
 from trainer.decoders._decoder import DecoderConfig
+from trainer.decoders._pretrained import check_sizes, configured, load
 from trainer.reading import Reading
 
 
@@ -25,31 +26,48 @@ class Decoder(Base):
     kinds = ("cross_attention",)
 
     def __init__(self, config: Config, *, text: TextSpec, reading: Reading) -> None:
+        sizes = configured(
+            BartConfig,
+            config,
+            scratch={
+                "vocab_size": text.vocab_size,
+                "max_position_embeddings": config.max_length,
+                "d_model": config.width,
+                "decoder_layers": config.layers,
+                "decoder_attention_heads": config.heads,
+                "decoder_ffn_dim": 4 * config.width,
+            },
+            always={
+                "dropout": config.dropout,
+                "attention_dropout": config.dropout,
+                "bos_token_id": text.bos_id,
+                "eos_token_id": text.eos_id,
+                "pad_token_id": text.pad_id,
+                "decoder_start_token_id": text.bos_id,
+                "forced_eos_token_id": None,
+            },
+        )
+        check_sizes(config, text, sizes.vocab_size, sizes.max_position_embeddings)
         super().__init__(
             config,
             reading,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            head_dim=config.width // config.heads,
+            width=sizes.d_model,
+            layers=sizes.decoder_layers,
+            heads=sizes.decoder_attention_heads,
+            head_dim=sizes.d_model // sizes.decoder_attention_heads,
         )
-        self.model: Any = BartForCausalLM(
-            BartConfig(
-                vocab_size=text.vocab_size,
-                max_position_embeddings=config.max_length,
-                d_model=config.width,
-                decoder_layers=config.layers,
-                decoder_attention_heads=config.heads,
-                decoder_ffn_dim=4 * config.width,
-                dropout=config.dropout,
-                attention_dropout=config.dropout,
-                bos_token_id=text.bos_id,
-                eos_token_id=text.eos_id,
-                pad_token_id=text.pad_id,
-                decoder_start_token_id=text.bos_id,
-                forced_eos_token_id=None,
+        self.model: Any = BartForCausalLM(sizes)
+        if config.weights:
+            whole: Any = load(
+                BartForConditionalGeneration,
+                config.weights,
+                # A copy: the class above has made its own a decoder's.
+                BartConfig.from_dict(sizes.to_dict() | {"is_encoder_decoder": True}),
+                new=(),
+                ignored=("model.encoder.", "final_logits_bias"),
             )
-        )
+            self.model.model.decoder = whole.model.decoder
+            self.model.lm_head = whole.lm_head
         self.drop = nn.Dropout(config.dropout)
 
     def embed(self, token_ids: Tensor, position: Tensor) -> Tensor:

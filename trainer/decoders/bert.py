@@ -21,6 +21,8 @@ from exports.text import TextSpec
 from trainer.attention import Attention, Memory, SequenceAttention, split_heads
 from trainer.decoders._decoder import Decoder as Base
 from trainer.decoders._decoder import DecoderConfig
+from trainer.decoders._pretrained import check_sizes, configured
+from trainer.errors import ConfigError
 from trainer.reading import Reading
 
 
@@ -29,6 +31,8 @@ class Config(DecoderConfig):
 
     text_encoder: bool = False
     """Whether it can `read` as well: what `mlm`, `itc`, `itm` and `blip` need."""
+    plain_head: bool = False
+    """Whether logits come of one linear layer, as GIT's do, instead of BERT's head."""
 
 
 class Decoder(Base):
@@ -37,32 +41,47 @@ class Decoder(Base):
     kinds = ("cross_attention", "gated", "prefix")
 
     def __init__(self, config: Config, *, text: TextSpec, reading: Reading) -> None:
+        if config.weights:
+            raise ConfigError(
+                f"[decoder] weights = {config.weights!r}: bert begins at random; gpt2, bart, t5 "
+                "and llama begin with a checkpoint"
+            )
+        sizes = configured(
+            BlipTextConfig,
+            config,
+            scratch={
+                "vocab_size": text.vocab_size,
+                "hidden_size": config.width,
+                "encoder_hidden_size": config.width,
+                "intermediate_size": 4 * config.width,
+                "num_hidden_layers": config.layers,
+                "num_attention_heads": config.heads,
+                "max_position_embeddings": config.max_length + reading.placed,
+            },
+            always={
+                "hidden_dropout_prob": config.dropout,
+                "attention_probs_dropout_prob": config.dropout,
+                "bos_token_id": text.bos_id,
+                "eos_token_id": text.eos_id,
+                "sep_token_id": text.eos_id,
+                "pad_token_id": text.pad_id,
+                "is_decoder": True,
+            },
+        )
+        room = sizes.max_position_embeddings - reading.placed
+        check_sizes(config, text, sizes.vocab_size, room)
         super().__init__(
             config,
             reading,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            head_dim=config.width // config.heads,
+            width=sizes.hidden_size,
+            layers=sizes.num_hidden_layers,
+            heads=sizes.num_attention_heads,
+            head_dim=sizes.hidden_size // sizes.num_attention_heads,
+            image_width=sizes.encoder_hidden_size,
         )
-        self.model: Any = BlipTextLMHeadModel(
-            BlipTextConfig(
-                vocab_size=text.vocab_size,
-                hidden_size=config.width,
-                encoder_hidden_size=config.width,
-                intermediate_size=4 * config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                max_position_embeddings=config.max_length + reading.placed,
-                hidden_dropout_prob=config.dropout,
-                attention_probs_dropout_prob=config.dropout,
-                bos_token_id=text.bos_id,
-                eos_token_id=text.eos_id,
-                sep_token_id=text.eos_id,
-                pad_token_id=text.pad_id,
-                is_decoder=True,
-            )
-        )
+        self.model: Any = BlipTextLMHeadModel(sizes)
+        if config.plain_head:
+            self.model.add_module("cls", nn.Linear(sizes.hidden_size, sizes.vocab_size))
         self._layers: Any = self.model.bert.encoder.layer
         if reading.kind != "cross_attention":
             for block in self._layers:
@@ -71,8 +90,8 @@ class Decoder(Base):
         if config.text_encoder:
             own: list[Any] = [deepcopy(block.attention) for block in self._layers]
             self.reading_attention.extend(own)
-            self.encoder_token = nn.Parameter(torch.randn(config.width) * 0.02)
-            self.mask_token = nn.Parameter(torch.randn(config.width) * 0.02)
+            self.encoder_token = nn.Parameter(torch.randn(self.width) * 0.02)
+            self.mask_token = nn.Parameter(torch.randn(self.width) * 0.02)
 
     def embed(self, token_ids: Tensor, position: Tensor) -> Tensor:
         """See `Base`."""

@@ -13,6 +13,8 @@ from exports.text import TextSpec
 from trainer.attention import Attention, split_heads
 from trainer.decoders._decoder import Decoder as Base
 from trainer.decoders._decoder import DecoderConfig, dense
+from trainer.decoders._pretrained import check_sizes, configured, load
+from trainer.errors import ConfigError
 from trainer.reading import Reading
 
 
@@ -26,29 +28,44 @@ class Decoder(Base):
     kinds = ("cross_attention", "gated", "prefix")
 
     def __init__(self, config: Config, *, text: TextSpec, reading: Reading) -> None:
+        sizes = configured(
+            GPT2Config,
+            config,
+            scratch={
+                "vocab_size": text.vocab_size,
+                "n_positions": config.max_length + reading.placed,
+                "n_embd": config.width,
+                "n_layer": config.layers,
+                "n_head": config.heads,
+            },
+            always={
+                "resid_pdrop": config.dropout,
+                "embd_pdrop": config.dropout,
+                "attn_pdrop": config.dropout,
+                "add_cross_attention": reading.kind == "cross_attention",
+                "bos_token_id": text.bos_id,
+                "eos_token_id": text.eos_id,
+            },
+        )
+        if not sizes.scale_attn_weights or sizes.scale_attn_by_inverse_layer_idx:
+            raise ConfigError(
+                f"{config.weights}: scales attention by layer, which decoder gpt2 does not do"
+            )
+        check_sizes(config, text, sizes.vocab_size, sizes.n_positions - reading.placed)
         super().__init__(
             config,
             reading,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            head_dim=config.width // config.heads,
+            width=sizes.n_embd,
+            layers=sizes.n_layer,
+            heads=sizes.n_head,
+            head_dim=sizes.n_embd // sizes.n_head,
         )
-        self.model: Any = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=text.vocab_size,
-                n_positions=config.max_length + reading.placed,
-                n_embd=config.width,
-                n_layer=config.layers,
-                n_head=config.heads,
-                resid_pdrop=config.dropout,
-                embd_pdrop=config.dropout,
-                attn_pdrop=config.dropout,
-                add_cross_attention=reading.kind == "cross_attention",
-                bos_token_id=text.bos_id,
-                eos_token_id=text.eos_id,
-            )
-        )
+        self.model: Any
+        if config.weights:
+            new = ("crossattention", "ln_cross_attn")
+            self.model = load(GPT2LMHeadModel, config.weights, sizes, new=new)
+        else:
+            self.model = GPT2LMHeadModel(sizes)
 
     def embed(self, token_ids: Tensor, position: Tensor) -> Tensor:
         """See `Base`."""
@@ -73,15 +90,20 @@ class Decoder(Base):
                 seen = dense(cross.c_proj, attention.image(layer, query))
                 hidden = hidden + cross.resid_dropout(seen)
             inner = dense(block.mlp.c_fc, block.ln_2(hidden))
-            # The model's `gelu_new`, in the one operator that a graph has for it.
-            inner = nn.functional.gelu(inner, approximate="tanh")
-            hidden = hidden + block.mlp.dropout(dense(block.mlp.c_proj, inner))
+            hidden = hidden + block.mlp.dropout(dense(block.mlp.c_proj, self._activated(inner)))
         return hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """See `Base`."""
         logits: Tensor = self.model.lm_head(self.model.transformer.ln_f(hidden))
         return logits
+
+    def _activated(self, inner: Tensor) -> Tensor:
+        if self.model.config.activation_function in ("gelu_new", "gelu_pytorch_tanh"):
+            # In the one operator that a graph has for it.
+            return nn.functional.gelu(inner, approximate="tanh")
+        activated: Tensor = self.model.transformer.h[0].mlp.act(inner)
+        return activated
 
     def image_pairs(self, tokens: Tensor) -> list[Tensor]:
         """See `Base`."""

@@ -16,6 +16,7 @@ from exports.text import TextSpec
 from trainer.attention import Attention
 from trainer.decoders._decoder import Decoder as Base
 from trainer.decoders._decoder import DecoderConfig
+from trainer.decoders._pretrained import check_sizes, configured, load
 from trainer.reading import Reading
 
 
@@ -34,33 +35,43 @@ class Decoder(Base):
     def __init__(self, config: Config, *, text: TextSpec, reading: Reading) -> None:
         if reading.kind == "cross_attention":
             reading = Reading("gated")
-        head_dim = config.width // config.heads
+        positions = config.max_length + reading.placed
+        sizes = configured(
+            LlamaConfig,
+            config,
+            scratch={
+                "vocab_size": text.vocab_size,
+                "max_position_embeddings": positions,
+                "hidden_size": config.width,
+                "intermediate_size": 8 * config.width // 3,
+                "num_hidden_layers": config.layers,
+                "num_attention_heads": config.heads,
+                "num_key_value_heads": config.key_value_heads,
+                "tie_word_embeddings": True,
+            },
+            always={
+                "attention_dropout": config.dropout,
+                "bos_token_id": text.bos_id,
+                "eos_token_id": text.eos_id,
+                "pad_token_id": text.pad_id,
+            },
+        )
+        room = sizes.max_position_embeddings - reading.placed
+        check_sizes(config, text, sizes.vocab_size, room)
         super().__init__(
             config,
             reading,
-            width=config.width,
-            layers=config.layers,
-            heads=config.key_value_heads,
-            head_dim=head_dim,
-            query_heads=config.heads,
+            width=sizes.hidden_size,
+            layers=sizes.num_hidden_layers,
+            heads=sizes.num_key_value_heads,
+            head_dim=sizes.head_dim,
+            query_heads=sizes.num_attention_heads,
         )
-        positions = config.max_length + reading.placed
-        self.model: Any = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=text.vocab_size,
-                max_position_embeddings=positions,
-                hidden_size=config.width,
-                intermediate_size=8 * config.width // 3,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.key_value_heads,
-                attention_dropout=config.dropout,
-                tie_word_embeddings=True,
-                bos_token_id=text.bos_id,
-                eos_token_id=text.eos_id,
-                pad_token_id=text.pad_id,
-            )
-        )
+        self.model: Any
+        if config.weights:
+            self.model = load(LlamaForCausalLM, config.weights, sizes, new=())
+        else:
+            self.model = LlamaForCausalLM(sizes)
         self.drop = torch.nn.Dropout(config.dropout)
         rotary = self.model.model.rotary_emb
         angle = torch.arange(positions)[:, None] * rotary.inv_freq

@@ -9,13 +9,14 @@ from math import log
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from exports.text import TextSpec
 from trainer.attention import Attention, Relative, split_heads
 from trainer.decoders._decoder import Decoder as Base
 from trainer.decoders._decoder import DecoderConfig
+from trainer.decoders._pretrained import check_sizes, configured, load
 from trainer.reading import Reading
 
 
@@ -30,30 +31,46 @@ class Decoder(Base):
     asks_for_distances = True
 
     def __init__(self, config: Config, *, text: TextSpec, reading: Reading) -> None:
+        sizes = configured(
+            T5Config,
+            config,
+            scratch={
+                "vocab_size": text.vocab_size,
+                "d_model": config.width,
+                "d_kv": config.width // config.heads,
+                "d_ff": 8 * config.width // 3,
+                "num_layers": 0,
+                "num_decoder_layers": config.layers,
+                "num_heads": config.heads,
+                "feed_forward_proj": "gated-gelu",
+            },
+            always={
+                "dropout_rate": config.dropout,
+                "decoder_start_token_id": text.bos_id,
+                "eos_token_id": text.eos_id,
+                "pad_token_id": text.pad_id,
+            },
+        )
+        check_sizes(config, text, sizes.vocab_size, config.max_length)
         super().__init__(
             config,
             reading,
-            width=config.width,
-            layers=config.layers,
-            heads=config.heads,
-            head_dim=config.width // config.heads,
+            width=sizes.d_model,
+            layers=sizes.num_decoder_layers,
+            heads=sizes.num_heads,
+            head_dim=sizes.d_kv,
         )
-        settings: dict[str, Any] = {
-            "vocab_size": text.vocab_size,
-            "d_model": config.width,
-            "d_kv": config.width // config.heads,
-            "d_ff": 8 * config.width // 3,
-            "num_layers": 0,
-            "num_decoder_layers": config.layers,
-            "num_heads": config.heads,
-            "dropout_rate": config.dropout,
-            "feed_forward_proj": "gated-gelu",
-            "decoder_start_token_id": text.bos_id,
-            "eos_token_id": text.eos_id,
-            "pad_token_id": text.pad_id,
-        }
-        self.model: Any = T5ForConditionalGeneration(T5Config(**settings))
+        self.model: Any
+        if config.weights:
+            self.model = load(
+                T5ForConditionalGeneration, config.weights, sizes, new=(), ignored=("encoder.",)
+            )
+        else:
+            self.model = T5ForConditionalGeneration(sizes)
         del self.model.encoder  # the bridge stands in its place
+        if not sizes.scale_decoder_outputs:  # version 1.1 has a head of its own
+            head = self.model.lm_head
+            head.weight = nn.Parameter(head.weight.detach().clone())
         self.buckets = buckets(
             config.max_length,
             self.model.config.relative_attention_num_buckets,

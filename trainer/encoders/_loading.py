@@ -33,7 +33,15 @@ def load_backbone(backbone: Any, source: str, *, partial: bool = False) -> None:
         ConfigError: no such file, folder or package.
         CheckpointError: the file cannot be read, or a tensor is missing or of another shape.
     """
-    file = read_weights(source)
+    load_tensors(backbone, read_weights(source), partial=partial)
+
+
+def load_tensors(backbone: Any, file: WeightsFile, *, partial: bool = False) -> None:
+    """Loads the tensors of a file that was read; see `load_backbone`.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+    """
     wanted = {k: v for k, v in backbone.state_dict().items() if not _is_counter(k)}
     fit = _fit(backbone, wanted, file)
     problems = fit.problems(len(wanted), exact=file.from_run)

@@ -52,15 +52,16 @@ _TRANSFORMERS_VIT: _Rules = (
     (r"^pooler\.layernorm\.", "fc_norm."),
 )
 
-# The vision towers of CLIP and SigLIP.
+# The vision towers of CLIP, SigLIP, GIT and BLIP; BLIP's attention is named otherwise.
 _TRANSFORMERS_CLIP: _Rules = (
     (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
+    (r"^embeddings\.position_embedding(\.weight)?$", "pos_embed"),
     (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^pre_layrnorm\.", "norm_pre."),
     (r"^encoder\.layers\.(\d+)\.", r"blocks.\1."),
     (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.self_attn\.(out_proj|projection)\.", ".attn.proj."),
+    (r"\.self_attn\.qkv\.", ".attn.qkv."),
     (r"\.layer_norm(\d)\.", r".norm\1."),
     (r"^post_layernorm\.", "norm."),
 )

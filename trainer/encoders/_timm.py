@@ -1,5 +1,6 @@
 """What the timm families share: building, normalising and loading."""
 
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Config as BaseConfig
-from trainer.encoders._loading import load_backbone
+from trainer.encoders._loading import load_backbone, load_tensors
+from trainer.encoders._weights_file import WeightsFile
 from trainer.errors import ConfigError
 
 
@@ -60,6 +62,14 @@ class TimmEncoder(nn.Module):
         self.image_size = image_size
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+
+    def load(self, where: Path, tensors: dict[str, Tensor]) -> None:
+        """Loads tensors by another library's names, as those of a file `where`.
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape.
+        """
+        load_tensors(self.backbone, WeightsFile(where, tensors))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Returns pixels (B, 3, H, W) in 0..255 as the backbone's input."""

@@ -1,8 +1,11 @@
 """A timm vision transformer; its patch tokens, class token first where there is one."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -20,14 +23,21 @@ class Config(TimmConfig):
     num_heads: int | None = None
     """Set the last four to build another size of the family; weights then come from a file of that
     size, or are random."""
+    mlp_ratio: float | None = None
+    qkv_bias: bool | None = None
+    norm_eps: float | None = None
+    """What the weights were trained with, where that is not what timm's model of that name has."""
 
 
 class Encoder(TimmEncoder):
     """See `trainer.encoders`; D is the transformer's width, N the patches plus prefix tokens."""
 
     def __init__(self, config: Config, image_size: tuple[int, int]) -> None:
-        sizes = config.model_dump(include={"patch_size", "depth", "embed_dim", "num_heads"})
-        given = {key: value for key, value in sizes.items() if value is not None}
+        keys = {"patch_size", "depth", "embed_dim", "num_heads", "mlp_ratio", "qkv_bias"}
+        sizes = config.model_dump(include=keys)
+        given: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
+        if config.norm_eps is not None:
+            given["norm_layer"] = partial(LayerNorm, eps=config.norm_eps)
         super().__init__(config, image_size, img_size=image_size, **given)
         self.width = int(self.backbone.num_features)
 

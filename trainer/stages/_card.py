@@ -65,11 +65,18 @@ def model_card(
 
 def provenance(source: Run, blend: float, parity: Parity) -> dict[str, Any]:
     """Returns what the bundle came from."""
-    packages = ("torch", "timm", "transformers", "onnx", "onnxruntime")
     return {
         "recipe": recipe_of(source),
         "blend": blend,
         "parity": parity.as_json(),
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Returns what a bundle was made with."""
+    packages = ("torch", "timm", "transformers", "onnx", "onnxruntime")
+    return {
         "python": platform.python_version(),
         # Asked of the module: ONNX Runtime comes from packages of several names.
         "packages": {package: import_module(package).__version__ for package in packages},
@@ -89,8 +96,9 @@ def recipe_of(source: Run) -> dict[str, Any]:
         recipe["data"][key] = None if path is None else path.name
     if data.train.is_file():
         recipe["data"]["train_sha256"] = hashlib.sha256(data.train.read_bytes()).hexdigest()
-    if "weights" in recipe["encoder"]:
-        recipe["encoder"]["weights"] = Path(recipe["encoder"]["weights"]).name
+    for table in ("encoder", "decoder"):
+        if "weights" in recipe[table]:
+            recipe[table]["weights"] = Path(recipe[table]["weights"]).name
     start = source.recipe.start
     if start is not None:
         recipe["start"] = recipe_of(Run(start)) if start.is_dir() else start.name

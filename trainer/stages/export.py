@@ -4,52 +4,37 @@ A failed parity check ends the stage before anything is written, so nothing that
 model it came from can be published.
 """
 
-import io
 from collections.abc import Sequence
 from copy import deepcopy
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from pydantic import AfterValidator, Field, JsonValue
 
-from exports.bundle import write_bundle
-from exports.images import ImageSpec, preprocess
-from exports.manifest import (
-    JOIN_FILE,
-    DecoderSpec,
-    EncoderSpec,
-    Golden,
-    Manifest,
-    check_name,
-    check_version,
-)
-from exports.text import TextSpec
+from exports.manifest import check_name, check_version
 from trainer.captioner import Captioner
 from trainer.compression import round_weights
 from trainer.config import Config as BaseConfig
-from trainer.decoding import StepModel, TorchSteps, beam_search, best_hypotheses
+from trainer.decoding import StepModel, TorchSteps, best_hypotheses
 from trainer.errors import ConfigError, ParityError
-from trainer.graphs import export_decoder, export_encoder, join_graph
 from trainer.intervals import Interval
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import compare
-from trainer.photos import load_all, load_pixels, read_captioned
+from trainer.photos import load_all, read_captioned
 from trainer.quantise_decoder import quantise_decoder
 from trainer.quantise_encoder import quantise_encoder
 from trainer.run import Run
+from trainer.stages._bundle import Content, Graphs, check_free, check_golden
 from trainer.stages._card import Card, model_card, provenance
-from trainer.stages.evaluate import Model, as_json, differences_of, score_all
+from trainer.stages.evaluate import as_json, differences_of, score_all
 
 _ROUNDED = (
     "Rounding the weights for storage (int8 for the decoder's matrices, half precision for the "
     "rest) left {} as they were."
 )
-_MARGIN = 5e-3  # a golden caption must win by this much, or other processors may not agree
 
 
 class Int8(BaseConfig):
@@ -89,14 +74,13 @@ class Config(BaseConfig):
 def run(config: Config, out_dir: Path) -> None:
     """Checks parity, takes the figures and writes the bundle to `out_dir`/bundle."""
     source = Run(config.run)
-    if (out_dir / "bundle").exists():
-        raise ConfigError(f"{out_dir / 'bundle'} exists already; choose another folder with --out")
-    _check_golden(config.golden)
+    target = out_dir / "bundle"
+    check_free(target)
+    check_golden(config.golden)
     trained = blended(source, config.blend)
     # Integers are rounded from the trained weights; stored floats are what they are rounded to.
     captioner = trained if config.int8 else round_weights(deepcopy(trained))
-    print("exporting the graphs ...")
-    graphs = Graphs(*export_encoder(captioner), *export_decoder(captioner))
+    graphs = Graphs.of(captioner)
     steps = graphs.steps(source.text)
     examples = read_captioned(config.data, config.images, config.split)
     references = [example.captions for example in examples]
@@ -117,27 +101,6 @@ def run(config: Config, out_dir: Path) -> None:
         rounding, difference = _ROUNDED.format(_alike(unrounded, captions[: len(shown)])), None
     print(rounding)
     figures = score_all(references, captions)
-    model = Model(config.name, steps, source.tokenizer, source.recipe.image, generation)
-    golden, pictures = _golden(config.golden, model)
-    card = model_card(
-        config.card,
-        name=config.name,
-        data_name=config.data.name,
-        generation=generation,
-        figures=figures,
-        parity=parity,
-        rounding=rounding,
-        examples=examples,
-        captions=captions,
-    )
-    files = {
-        graphs.encoder_spec.file: graphs.encoder,
-        graphs.decoder_spec.file: graphs.decoder,
-        JOIN_FILE: join_graph(captioner),
-        "tokenizer.json": source.tokenizer_json,
-        "MODEL_CARD.md": card.encode(),
-        **pictures,
-    }
     metrics: dict[str, JsonValue] = {
         "data": config.data.name,
         "images": len(examples),
@@ -145,39 +108,30 @@ def run(config: Config, out_dir: Path) -> None:
     }
     if difference is not None:
         metrics["int8 - float32"] = as_json(difference)
-    manifest = Manifest(
+    Content(
         name=config.name,
         version=config.version,
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         description=config.card.description,
         licence=config.card.licence,
-        image=source.recipe.image,
-        text=source.text,
-        encoder=graphs.encoder_spec,
-        decoder=graphs.decoder_spec,
-        defaults=generation,
-        golden=golden,
+        captioner=captioner,
+        graphs=graphs,
+        tokenizer_json=source.tokenizer_json,
+        generation=generation,
+        card=model_card(
+            config.card,
+            name=config.name,
+            data_name=config.data.name,
+            generation=generation,
+            figures=figures,
+            parity=parity,
+            rounding=rounding,
+            examples=examples,
+            captions=captions,
+        ),
         metrics=metrics,
         provenance=provenance(source, config.blend, parity),
-        files={},
-    )
-    target = out_dir / "bundle"
-    write_bundle(target, manifest, files)
-    size = sum(len(body) for body in files.values()) / 1e6
-    print(f"wrote {target} ({size:.1f} MB); publish it with: python -m exports publish {target}")
-
-
-class Graphs(NamedTuple):
-    """The two graphs that differ from captioner to captioner, and the names of their tensors."""
-
-    encoder: bytes
-    encoder_spec: EncoderSpec
-    decoder: bytes
-    decoder_spec: DecoderSpec
-
-    def steps(self, text: TextSpec) -> OnnxSteps:
-        """Returns them ready to run."""
-        return OnnxSteps(self.encoder, self.decoder, self.encoder_spec, self.decoder_spec, text)
+    ).write(target, config.golden)
+    print(f"publish it with: python -m exports publish {target}")
 
 
 def _captions(steps: StepModel, pixels: NDArray[np.uint8], source: Run) -> list[str]:
@@ -241,60 +195,3 @@ def blended(source: Run, share: float) -> Captioner:
         for name, parameter in captioner.named_parameters():
             parameter.lerp_(before.get_parameter(name), 1 - share)
     return captioner
-
-
-def _check_golden(paths: Sequence[Path]) -> None:
-    """Raises DataError or ConfigError for pictures that cannot be taken, before the long work."""
-    for path in paths:
-        load_pixels(path, ImageSpec(height=32, width=32))
-    if len({path.name for path in paths}) < len(paths):
-        raise ConfigError("golden: two of the pictures have one name; rename one")
-
-
-def _golden(paths: Sequence[Path], model: Model) -> tuple[tuple[Golden, ...], dict[str, bytes]]:
-    """Returns golden captions and their pictures by bundle path."""
-    pictures = {path.name: path.read_bytes() for path in paths} if paths else _drawn()
-    golden, kept = [], {}
-    for name, body in pictures.items():
-        with Image.open(io.BytesIO(body)) as image:
-            pixels = preprocess(image, model.image)[None]
-        best = _clear_winner(model.steps, pixels, model)
-        if best is None:
-            print(f"golden: {name} left out, two captions score nearly alike")
-            continue
-        kept[f"golden/{name}"] = body
-        text = model.tokenizer.decode(best.token_ids)
-        golden.append(
-            Golden(
-                image=f"golden/{name}",
-                token_ids=best.token_ids,
-                text=text,
-                score=round(best.score, 5),
-            )
-        )
-    if not golden:
-        raise ConfigError("golden: no picture has a clear best caption; name others")
-    return tuple(golden), kept
-
-
-def _clear_winner(steps: StepModel, pixels: NDArray[np.uint8], model: Model) -> Any:
-    generation = model.generation
-    pair = generation.model_copy(update={"num_captions": min(2, generation.num_beams)})
-    best, *others = beam_search(steps, pixels, pair)[0]
-    return None if others and best.score - others[0].score < _MARGIN else best
-
-
-def _drawn() -> dict[str, bytes]:
-    """Returns a few small drawings, the same each time."""
-    pictures = {}
-    for number, (ground, ball) in enumerate(
-        (("green", "red"), ("white", "black"), ("navy", "orange"), ("tan", "brown"))
-    ):
-        image = Image.new("RGB", (96, 64), "skyblue")
-        draw = ImageDraw.Draw(image)
-        draw.rectangle((0, 32, 96, 64), fill=ground)
-        draw.ellipse((20 + 12 * number, 24, 44 + 12 * number, 48), fill=ball)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        pictures[f"drawing-{number}.png"] = buffer.getvalue()
-    return pictures

@@ -10,6 +10,7 @@ import torch
 from exports.text import TextSpec, Tokenizer
 from trainer import variants
 from trainer.captioner import Captioner
+from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, check_apart
 from trainer.dataset import CaptionDataset, padded
 from trainer.decoding import TorchSteps, best_hypotheses
@@ -19,7 +20,15 @@ from trainer.metrics import bleu, cider, distinct
 from trainer.objectives._captioning import cross_entropy
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
-from trainer.run import Run, build_captioner, claimed, run_tokenizer
+from trainer.run import (
+    Run,
+    build_captioner,
+    claimed,
+    copy_text,
+    keep_pretrained_text,
+    kept_architecture,
+    run_tokenizer,
+)
 from trainer.splits import split_examples
 from trainer.stages._collapse import PROBE, CollapseWatch
 from trainer.transforms import Transform
@@ -46,7 +55,10 @@ def _train(config: Config, out_dir: Path) -> None:
     examples, held_out = _read(config)
     text, tokenizer = _tokenizer(config, examples, out_dir)
     torch.manual_seed(config.seed)
-    captioner = build_captioner(config, text, pretrained=config.start is None)
+    begins = config.start is None and not (out_dir / CHECKPOINT).exists()
+    captioner = build_captioner(
+        config, text, pretrained=begins, architecture=kept_architecture(out_dir)
+    )
     if config.start is not None:
         Run(config.start).load_into(captioner)
     module, objective_config = variants.parse("objectives", config.objective)
@@ -89,10 +101,11 @@ def _read(config: Config) -> tuple[list[Example], list[Example]]:
 def _tokenizer(
     config: Config, examples: list[Example], out_dir: Path
 ) -> tuple[TextSpec, Tokenizer]:
-    if config.start is not None and not (out_dir / "text.json").exists():
-        start = Run(config.start)
-        (out_dir / "tokenizer.json").write_bytes(start.tokenizer_json)
-        (out_dir / "text.json").write_text(start.text.model_dump_json() + "\n", encoding="utf-8")
+    if not (out_dir / "text.json").exists():
+        if config.start is None:
+            keep_pretrained_text(config.decoder, examples, out_dir)
+        else:
+            copy_text(config.start, out_dir)
     _, decoder = variants.parse("decoders", config.decoder)
     return run_tokenizer(
         examples,

@@ -1,0 +1,177 @@
+"""What becomes a bundle, wherever the captioner came from: its graphs, its golden captions."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from pydantic import JsonValue
+
+from exports.bundle import write_bundle
+from exports.images import ImageSpec, preprocess
+from exports.manifest import JOIN_FILE, DecoderSpec, EncoderSpec, Generation, Golden, Manifest
+from exports.text import TextSpec, Tokenizer
+from trainer.captioner import Captioner
+from trainer.decoding import StepModel, beam_search
+from trainer.errors import ConfigError
+from trainer.graphs import export_decoder, export_encoder, join_graph
+from trainer.onnx_steps import OnnxSteps
+from trainer.photos import load_pixels
+
+_MARGIN = 5e-3  # a golden caption must win by this much, or other processors may not agree
+
+
+class Graphs(NamedTuple):
+    """The two graphs that differ from captioner to captioner, and the names of their tensors."""
+
+    encoder: bytes
+    encoder_spec: EncoderSpec
+    decoder: bytes
+    decoder_spec: DecoderSpec
+
+    @classmethod
+    def of(cls, captioner: Captioner) -> "Graphs":
+        """Returns those of a captioner."""
+        print("exporting the graphs ...")
+        return cls(*export_encoder(captioner), *export_decoder(captioner))
+
+    def steps(self, text: TextSpec) -> OnnxSteps:
+        """Returns them ready to run."""
+        return OnnxSteps(self.encoder, self.decoder, self.encoder_spec, self.decoder_spec, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a bundle is made of beside its golden captions.
+
+    Attributes:
+        name: and `version`: as it may be published.
+        description: for the manifest, as `licence`.
+        captioner: which the graphs are of.
+        graphs: checked.
+        tokenizer_json: the tokenizer.
+        generation: the defaults.
+        card: MODEL_CARD.md.
+        metrics: and `provenance`: see `Manifest`.
+    """
+
+    name: str
+    version: str
+    description: str
+    licence: str
+    captioner: Captioner
+    graphs: Graphs
+    tokenizer_json: bytes
+    generation: Generation
+    card: str
+    metrics: dict[str, JsonValue]
+    provenance: dict[str, Any]
+
+    def write(self, target: Path, golden: Sequence[Path]) -> None:
+        """Writes the bundle to the folder `target`.
+
+        Args:
+            target: must not exist.
+            golden: pictures that go into it with the captions it must give; some are drawn if none
+                are named.
+
+        Raises:
+            ConfigError: no picture has a clear best caption.
+            BundleError: `target` exists, or the disk refuses.
+        """
+        captioner, graphs = self.captioner, self.graphs
+        promises, pictures = self._golden(golden)
+        files = {
+            graphs.encoder_spec.file: graphs.encoder,
+            graphs.decoder_spec.file: graphs.decoder,
+            JOIN_FILE: join_graph(captioner),
+            "tokenizer.json": self.tokenizer_json,
+            "MODEL_CARD.md": self.card.encode(),
+            **pictures,
+        }
+        manifest = Manifest(
+            name=self.name,
+            version=self.version,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            description=self.description,
+            licence=self.licence,
+            image=captioner.image,
+            text=captioner.text,
+            encoder=graphs.encoder_spec,
+            decoder=graphs.decoder_spec,
+            defaults=self.generation,
+            golden=promises,
+            metrics=self.metrics,
+            provenance=self.provenance,
+            files={},
+        )
+        write_bundle(target, manifest, files)
+        size = sum(len(body) for body in files.values()) / 1e6
+        print(f"wrote {target} ({size:.1f} MB)")
+
+    def _golden(self, paths: Sequence[Path]) -> tuple[tuple[Golden, ...], dict[str, bytes]]:
+        """Returns golden captions and their pictures by bundle path."""
+        pictures = {path.name: path.read_bytes() for path in paths} if paths else drawings()
+        text = self.captioner.text
+        steps, tokenizer = self.graphs.steps(text), Tokenizer(self.tokenizer_json, text)
+        golden, kept = [], {}
+        for name, body in pictures.items():
+            with Image.open(io.BytesIO(body)) as image:
+                pixels = preprocess(image, self.captioner.image)[None]
+            best = _clear_winner(steps, pixels, self.generation)
+            if best is None:
+                print(f"golden: {name} left out, two captions score nearly alike")
+                continue
+            kept[f"golden/{name}"] = body
+            golden.append(
+                Golden(
+                    image=f"golden/{name}",
+                    token_ids=best.token_ids,
+                    text=tokenizer.decode(best.token_ids),
+                    score=round(best.score, 5),
+                )
+            )
+        if not golden:
+            raise ConfigError("golden: no picture has a clear best caption; name others")
+        return tuple(golden), kept
+
+
+def check_golden(paths: Sequence[Path]) -> None:
+    """Raises DataError or ConfigError for pictures that cannot be taken, before the long work."""
+    for path in paths:
+        load_pixels(path, ImageSpec(height=32, width=32))
+    if len({path.name for path in paths}) < len(paths):
+        raise ConfigError("golden: two of the pictures have one name; rename one")
+
+
+def check_free(target: Path) -> None:
+    """Raises ConfigError where a bundle stands already."""
+    if target.exists():
+        raise ConfigError(f"{target} exists already; choose another folder with --out")
+
+
+def drawings() -> dict[str, bytes]:
+    """Returns a few small drawings by name, the same each time."""
+    pictures = {}
+    for number, (ground, ball) in enumerate(
+        (("green", "red"), ("white", "black"), ("navy", "orange"), ("tan", "brown"))
+    ):
+        image = Image.new("RGB", (96, 64), "skyblue")
+        draw = ImageDraw.Draw(image)
+        draw.rectangle((0, 32, 96, 64), fill=ground)
+        draw.ellipse((20 + 12 * number, 24, 44 + 12 * number, 48), fill=ball)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        pictures[f"drawing-{number}.png"] = buffer.getvalue()
+    return pictures
+
+
+def _clear_winner(steps: StepModel, pixels: NDArray[np.uint8], generation: Generation) -> Any:
+    pair = generation.model_copy(update={"num_captions": min(2, generation.num_beams)})
+    best, *others = beam_search(steps, pixels, pair)[0]
+    return None if others and best.score - others[0].score < _MARGIN else best
