@@ -25,6 +25,7 @@ from exports.manifest import (
     EncoderSpec,
     Golden,
     Manifest,
+    MatcherSpec,
     check_name,
     check_version,
 )
@@ -32,17 +33,19 @@ from exports.text import TextSpec
 from trainer.captioner import Captioner
 from trainer.compression import round_weights
 from trainer.config import Config as BaseConfig
-from trainer.decoding import StepModel, TorchSteps, beam_search, best_hypotheses
+from trainer.decoding import Hypothesis, StepModel, TorchSteps, beam_search, best_hypotheses
 from trainer.errors import ConfigError, ParityError
-from trainer.graphs import export_decoder, export_encoder, join_graph
+from trainer.graphs import export_decoder, export_encoder, export_matcher, join_graph
 from trainer.intervals import Interval
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import compare
 from trainer.photos import load_all, load_pixels, read_captioned
 from trainer.quantise_decoder import quantise_decoder
 from trainer.quantise_encoder import quantise_encoder
+from trainer.reranking import judged
 from trainer.run import Run
 from trainer.stages._card import Card, model_card, provenance
+from trainer.stages._reranking import settle
 from trainer.stages.evaluate import Model, as_json, differences_of, score_all
 
 _ROUNDED = (
@@ -117,7 +120,22 @@ def run(config: Config, out_dir: Path) -> None:
         rounding, difference = _ROUNDED.format(_alike(unrounded, captions[: len(shown)])), None
     print(rounding)
     figures = score_all(references, captions)
-    model = Model(config.name, steps, source.tokenizer, source.recipe.image, generation)
+    matching = None
+    if captioner.matcher:
+        # It computes in floats whatever the others do, so its weights are rounded in any case.
+        graphs = graphs._replace(matcher=export_matcher(round_weights(captioner)))
+        steps = graphs.steps(source.text)
+        matching = settle(captioner, steps, pixels, references, source, int8=bool(config.int8))
+        print(matching.words)
+    model = Model(
+        config.name,
+        steps,
+        source.tokenizer,
+        source.text,
+        source.recipe.image,
+        generation,
+        matching.reranking if matching else None,
+    )
     golden, pictures = _golden(config.golden, model)
     card = model_card(
         config.card,
@@ -127,6 +145,7 @@ def run(config: Config, out_dir: Path) -> None:
         figures=figures,
         parity=parity,
         rounding=rounding,
+        matching=matching.words if matching else "",
         examples=examples,
         captions=captions,
     )
@@ -138,6 +157,11 @@ def run(config: Config, out_dir: Path) -> None:
         "MODEL_CARD.md": card.encode(),
         **pictures,
     }
+    matcher_spec = None
+    if graphs.matcher and matching:
+        body, spec = graphs.matcher
+        matcher_spec = spec.model_copy(update={"reranking": matching.reranking})
+        files[matcher_spec.file] = body
     metrics: dict[str, JsonValue] = {
         "data": config.data.name,
         "images": len(examples),
@@ -145,6 +169,8 @@ def run(config: Config, out_dir: Path) -> None:
     }
     if difference is not None:
         metrics["int8 - float32"] = as_json(difference)
+    if matching:
+        metrics["rerank"] = {name: arm.as_json() for name, arm in matching.arms.items()}
     manifest = Manifest(
         name=config.name,
         version=config.version,
@@ -155,10 +181,12 @@ def run(config: Config, out_dir: Path) -> None:
         text=source.text,
         encoder=graphs.encoder_spec,
         decoder=graphs.decoder_spec,
+        matcher=matcher_spec,
         defaults=generation,
         golden=golden,
         metrics=metrics,
-        provenance=provenance(source, config.blend, parity),
+        provenance=provenance(source, config.blend, parity)
+        | ({"match_parity": matching.parity} if matching else {}),
         files={},
     )
     target = out_dir / "bundle"
@@ -168,16 +196,18 @@ def run(config: Config, out_dir: Path) -> None:
 
 
 class Graphs(NamedTuple):
-    """The two graphs that differ from captioner to captioner, and the names of their tensors."""
+    """The graphs that differ from captioner to captioner, and the names of their tensors."""
 
     encoder: bytes
     encoder_spec: EncoderSpec
     decoder: bytes
     decoder_spec: DecoderSpec
+    matcher: tuple[bytes, MatcherSpec] | None = None
 
     def steps(self, text: TextSpec) -> OnnxSteps:
         """Returns them ready to run."""
-        return OnnxSteps(self.encoder, self.decoder, self.encoder_spec, self.decoder_spec, text)
+        specs = self.encoder_spec, self.decoder_spec
+        return OnnxSteps(self.encoder, self.decoder, *specs, text, *(self.matcher or ()))
 
 
 def _captions(steps: StepModel, pixels: NDArray[np.uint8], source: Run) -> list[str]:
@@ -263,18 +293,24 @@ def _golden(paths: Sequence[Path], model: Model) -> tuple[tuple[Golden, ...], di
             print(f"golden: {name} left out, two captions score nearly alike")
             continue
         kept[f"golden/{name}"] = body
-        text = model.tokenizer.decode(best.token_ids)
         golden.append(
             Golden(
                 image=f"golden/{name}",
                 token_ids=best.token_ids,
-                text=text,
+                text=model.tokenizer.decode(best.token_ids),
                 score=round(best.score, 5),
+                **(_matched(model, pixels, best) if model.reranking else {}),
             )
         )
     if not golden:
         raise ConfigError("golden: no picture has a clear best caption; name others")
     return tuple(golden), kept
+
+
+def _matched(model: Model, pixels: NDArray[np.uint8], best: Hypothesis) -> dict[str, float]:
+    encoded = model.steps.encode(pixels)
+    [[found]] = judged(model.steps, encoded, [[best]], model.text)
+    return {"match": round(found.match, 5), "similarity": round(found.similarity, 5)}
 
 
 def _clear_winner(steps: StepModel, pixels: NDArray[np.uint8], model: Model) -> Any:
