@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -242,6 +242,11 @@ class Manifest(_Strict):
         if not memory.issuperset(self.matcher.memory):
             raise ValueError("matcher.memory names tensors that decoder.memory does not")
         return self
+
+    @property
+    def reranks(self) -> tuple[Rerank, ...]:
+        """By what the captions of an image may be sorted."""
+        return ("none",) if self.matcher is None else get_args(Rerank)
 
     def required_files(self) -> tuple[str, ...]:
         """Returns the files that the manifest's own fields speak of, without repetition."""

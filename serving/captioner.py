@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from exports.bundle import Bundle
 from exports.errors import ExportsError
@@ -135,11 +135,6 @@ class Captioner:
     def image_spec(self) -> ImageSpec:
         """What `decode_image` must make of a photograph."""
         return self.manifest.image
-
-    @property
-    def reranks(self) -> tuple[Rerank, ...]:
-        """What `Params.rerank` may be."""
-        return ("none",) if self._matcher is None else get_args(Rerank)
 
     def check(self, params: Params) -> None:
         """Raises ParameterError if this model cannot search by `params`."""
@@ -304,8 +299,9 @@ class Captioner:
             f"{-MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}",
         )
         _require(params.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "0 or more")
+        reranks = self.manifest.reranks
         reason = "" if self._matcher else f", since {self._called} has no matcher"
-        _require(params.rerank in self.reranks, "rerank", " or ".join(self.reranks) + reason)
+        _require(params.rerank in reranks, "rerank", " or ".join(reranks) + reason)
         return BeamParams(
             num_beams=params.num_beams,
             # What is reranked is cut afterwards.
