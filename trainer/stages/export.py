@@ -221,7 +221,8 @@ def _quantised(config: Int8, graphs: Graphs, steps: OnnxSteps, source: Run) -> G
     print(f"quantising by the activations on {len(pixels)} images ...")
     decoder = quantise_decoder(graphs.decoder, steps, pixels, source.recipe.generation)
     batches = (pixels[start : start + 8] for start in range(0, len(pixels), 8))
-    encoder = quantise_encoder(graphs.encoder, batches)
+    embeddings = set(graphs.encoder_spec.outputs).difference(graphs.decoder_spec.memory)
+    encoder = quantise_encoder(graphs.encoder, batches, floats=embeddings)
     return graphs._replace(encoder=encoder, decoder=decoder)
 
 
