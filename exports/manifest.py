@@ -1,7 +1,8 @@
 """The manifest: what stands in a bundle, what its graphs are called and take, and who made it."""
 
+import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +22,10 @@ MANIFEST_FILE = "manifest.json"
 JOIN_FILE = "join.onnx"
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION_PATTERN = re.compile(r"[0-9][A-Za-z0-9._-]{0,63}")
+Evidence = Literal["itm", "clip"]
+"""What tells whether a caption fits its image: the matcher's classifier, or nearness."""
+Rerank = Literal["none", "itm", "clip"]
+_SMALLEST_MATCH = 1e-9
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _FILE_PATTERN = re.compile(rf"{_PART}(/{_PART})*")
 
@@ -59,7 +64,8 @@ class _Strict(BaseModel):
 class EncoderSpec(_Strict):
     """The encoder graph: uint8 images (B, H, W, 3) to the decoder's memory.
 
-    Each output is float32 (B, ...); `outputs` names them in the graph's order.
+    Each output is float32 (B, ...); `outputs` names them in the graph's order, with the image's
+    embedding where there is a matcher.
     """
 
     file: FileName = "encoder.onnx"
@@ -89,6 +95,56 @@ class DecoderSpec(_Strict):
                 f"{2 * self.layers}: a key and a value each"
             )
         return self
+
+
+class Reranking(_Strict):
+    """How what a matcher says of captions weighs against what the search says.
+
+    The captions of an image are sorted by
+
+        itm    w * score + (1 - w) * log(match)
+        clip   w * score + (1 - w) * similarity / temperature
+
+    where `score` is the search's own, log_prob / tokens ** length_penalty. All three terms are
+    log-probabilities, the last up to a constant of the image (its softmax over captions), so this
+    is a product of two experts, and w = 1 is the search alone. `itm_weight` and `clip_weight` are
+    the w of each.
+    """
+
+    temperature: float = Field(gt=0, allow_inf_nan=False)
+    itm_weight: float = Field(default=0.5, ge=0, le=1)
+    clip_weight: float = Field(default=0.5, ge=0, le=1)
+
+    def rank(self, evidence: Evidence, score: float, match: float, similarity: float) -> float:
+        """Returns what captions are sorted by, the highest first.
+
+        Args:
+            evidence: `itm` or `clip`.
+            score: the search's.
+            match: the graph's, a probability; taken for 1e-9 where it is less.
+            similarity: the graph's, a cosine.
+        """
+        weight = self.weight(evidence)
+        itm = evidence == "itm"
+        other = math.log(max(match, _SMALLEST_MATCH)) if itm else similarity / self.temperature
+        return weight * score + (1 - weight) * other
+
+    def weight(self, evidence: Evidence) -> float:
+        """Returns the search's share in the rank."""
+        return self.itm_weight if evidence == "itm" else self.clip_weight
+
+
+class MatcherSpec(_Strict):
+    """The matcher graph: captions and encoded images to how well they fit.
+
+    `memory` names the encoder's outputs that it reads a caption with, `image_embedding` the one
+    that no other graph takes.
+    """
+
+    file: FileName = "matcher.onnx"
+    memory: tuple[str, ...] = Field(min_length=1)
+    image_embedding: str = "image_embedding"
+    reranking: Reranking
 
 
 def next_name(name: str) -> str:
@@ -123,12 +179,17 @@ class Generation(_Strict):
 
 
 class Golden(_Strict):
-    """A picture of the bundle and the best caption that the bundle must give it by its defaults."""
+    """A picture of the bundle and the best caption that the bundle must give it by its defaults.
+
+    `match` and `similarity` are what the matcher must say of the two, if the bundle has one.
+    """
 
     image: FileName
     token_ids: tuple[int, ...]
     text: str
     score: float
+    match: float | None = None
+    similarity: float | None = None
 
 
 class FileEntry(_Strict):
@@ -156,6 +217,7 @@ class Manifest(_Strict):
     text: TextSpec
     encoder: EncoderSpec
     decoder: DecoderSpec
+    matcher: MatcherSpec | None = None
     join_file: FileName = JOIN_FILE
     tokenizer_file: FileName = "tokenizer.json"
     defaults: Generation = Generation()
@@ -166,14 +228,32 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _graphs_fit(self) -> "Manifest":
-        if set(self.encoder.outputs) != set(self.decoder.memory):
-            raise ValueError("encoder.outputs and decoder.memory name different tensors")
+        memory, encoded = set(self.decoder.memory), set(self.encoder.outputs)
+        if self.matcher is None:
+            if encoded != memory:
+                raise ValueError("encoder.outputs and decoder.memory name different tensors")
+            return self
+        if self.matcher.image_embedding in memory:
+            raise ValueError("matcher.image_embedding must not be one of decoder.memory")
+        if encoded != memory | {self.matcher.image_embedding}:
+            raise ValueError(
+                "encoder.outputs must be decoder.memory and matcher.image_embedding, no more"
+            )
+        if not memory.issuperset(self.matcher.memory):
+            raise ValueError("matcher.memory names tensors that decoder.memory does not")
         return self
+
+    @property
+    def reranks(self) -> tuple[Rerank, ...]:
+        """By what the captions of an image may be sorted."""
+        return ("none",) if self.matcher is None else get_args(Rerank)
 
     def required_files(self) -> tuple[str, ...]:
         """Returns the files that the manifest's own fields speak of, without repetition."""
-        named = (self.encoder.file, self.decoder.file, self.join_file, self.tokenizer_file)
-        return tuple(dict.fromkeys((*named, *(golden.image for golden in self.golden))))
+        matcher = () if self.matcher is None else (self.matcher.file,)
+        named = (self.encoder.file, self.decoder.file, *matcher, self.join_file)
+        pictures = (golden.image for golden in self.golden)
+        return tuple(dict.fromkeys((*named, self.tokenizer_file, *pictures)))
 
     def to_json(self) -> bytes:
         """Returns the manifest as the bytes of manifest.json."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer as _Backend
 
@@ -28,6 +30,29 @@ class TextSpec(BaseModel):
             if getattr(self, name) >= self.vocab_size:
                 raise ValueError(f"{name} is {getattr(self, name)}, outside of vocab_size")
         return self
+
+
+def framed(
+    captions: Sequence[Sequence[int]], spec: TextSpec
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns captions as a matcher graph reads them.
+
+    Args:
+        captions: what a search gives: ids without bos, with eos unless they were cut.
+        spec: whose `max_length` leaves a caption without eos, if it was cut there.
+
+    Returns:
+        token_ids (C, T), bos ... eos and padding; lengths (C,), tokens without padding.
+    """
+    rows = []
+    for caption in captions:
+        ends = () if caption and caption[-1] == spec.eos_id else (spec.eos_id,)
+        rows.append((spec.bos_id, *caption, *ends)[: spec.max_length])
+    lengths = np.array([len(row) for row in rows], np.int64)
+    token_ids = np.full((len(rows), max(lengths, default=0)), spec.pad_id, np.int64)
+    for place, row in enumerate(rows):
+        token_ids[place, : len(row)] = row
+    return token_ids, lengths
 
 
 class Tokenizer:

@@ -154,7 +154,8 @@ async def post_captions(request: Request) -> Response:
             for one in results
         ],
     )
-    return Response(answer.model_dump_json(), media_type="application/json")
+    body = answer.model_dump_json(exclude_none=True)  # no match where none was asked for
+    return Response(body, media_type="application/json")
 
 
 @_api.get("/v1/models", tags=["captions"], summary="What is served, and why not something else")

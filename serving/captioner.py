@@ -9,7 +9,7 @@ from typing import Any
 from exports.bundle import Bundle
 from exports.errors import ExportsError
 from exports.images import ImageSpec
-from exports.manifest import Generation, Manifest
+from exports.manifest import Generation, Manifest, Rerank
 from exports.text import Tokenizer
 from serving.beam import Beams, Done, Hypothesis
 from serving.candidates import MAX_BEAMS
@@ -18,6 +18,7 @@ from serving.decoding import Observer
 from serving.errors import BundleRejected, CaptionError, CaptionFailed, ParameterError
 from serving.group import BeamParams
 from serving.limits import MAX_LENGTH_PENALTY
+from serving.matcher import Match, Wish
 from serving.memories import Encoded, MemoryCache
 from serving.session import Graphs, OnnxSession, Pixels, Provider
 
@@ -28,7 +29,7 @@ SLOTS = 64  # images that one captioner searches at once
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """How one image is captioned: the fields of `Generation`, and words to begin with."""
+    """How one image is captioned: the fields of `Generation`, words to begin with, the order."""
 
     num_beams: int
     num_captions: int
@@ -37,6 +38,7 @@ class Params:
     length_penalty: float
     no_repeat_ngram_size: int
     prefix: str = ""
+    rerank: Rerank = "none"
 
     @classmethod
     def of(cls, defaults: Generation, **chosen: Any) -> "Params":
@@ -46,13 +48,15 @@ class Params:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """One caption, as `Hypothesis` says, with its text."""
+    """One caption, as `Hypothesis` says, with its text, and what it was reranked by, if it was."""
 
     text: str
     score: float
     log_prob: float
     tokens: int
     token_ids: tuple[int, ...]
+    match: float | None = None
+    similarity: float | None = None
 
 
 Result = list[Caption] | CaptionFailed
@@ -81,6 +85,8 @@ class Captioner:
         self._decoding = session.decoding(slots)
         self._beams = Beams(self._decoding, slots=slots)
         self._memories = MemoryCache(cache_bytes)
+        self._matcher = session.matcher
+        self._wishes: dict[int, Wish] = {}  # by slot, of images that are to be reranked
 
     @classmethod
     def load(
@@ -167,11 +173,16 @@ class Captioner:
         except Exception:
             self._beams.leave(slot)
             raise
+        if params.rerank != "none":
+            self._wishes[slot] = Wish(
+                encoded.memory, encoded.index, params.rerank, params.num_captions
+            )
         return slot
 
     def leave(self, slot: int) -> None:
         """Frees the slot of an image that nobody waits for."""
         self._beams.leave(slot)
+        self._wishes.pop(slot, None)
 
     def step(self, observer: Observer | None = None) -> list[tuple[int, Result]]:
         """Continues every image by one token; returns the slots that got free, and their captions.
@@ -184,17 +195,17 @@ class Captioner:
         except Exception as error:  # nothing that a model or an image does may end the caller
             logger.warning("a step of %d images failed: %r", self._beams.images, error)
         else:
-            return [(done.slot, self._result(done)) for done in gone]
+            return [(done.slot, self._result(done, observer)) for done in gone]
         found: list[tuple[int, Result]] = []
         for slot in self._beams.slots:
             try:
                 gone = self._beams.advance([slot])
             except Exception:
                 logger.exception("an image could not be captioned")
-                self._beams.leave(slot)
+                self.leave(slot)
                 found.append((slot, CaptionFailed(f"{self._called} failed on this image.")))
             else:
-                found += [(done.slot, self._result(done)) for done in gone]
+                found += [(done.slot, self._result(done, observer)) for done in gone]
         return found
 
     def caption_batch(
@@ -234,24 +245,34 @@ class Captioner:
     def _called(self) -> str:
         return f"{self.name}@{self.version}"
 
-    def _result(self, done: Done) -> Result:
+    def _result(self, done: Done, observer: Observer | None) -> Result:
+        wish = self._wishes.pop(done.slot, None)
         if done.is_nan:
-            return CaptionFailed(f"{self._called} gave numbers that are not finite for this image.")
-        return self._captions(done.hypotheses)
-
-    def _captions(self, hypotheses: Sequence[Hypothesis]) -> Result:
-        if not hypotheses:
+            return self._not_finite
+        if not done.hypotheses:
             return CaptionFailed("The model found no caption for this image by these parameters.")
-        return [
-            Caption(
-                text=self._tokenizer.decode(found.token_ids),
-                score=found.score,
-                log_prob=found.log_prob,
-                tokens=found.tokens,
-                token_ids=found.token_ids,
-            )
-            for found in hypotheses
-        ]
+        if wish is None or self._matcher is None:
+            return [self._caption(hypothesis) for hypothesis in done.hypotheses]
+        try:
+            best = self._matcher.best(done.hypotheses, wish, observer)
+        except Exception:  # it costs this image its captions, and no other
+            logger.exception("captions could not be matched with their image")
+            return CaptionFailed(f"{self._called} failed on this image.")
+        return [self._caption(*pair) for pair in best] or self._not_finite
+
+    @property
+    def _not_finite(self) -> CaptionFailed:
+        return CaptionFailed(f"{self._called} gave numbers that are not finite for this image.")
+
+    def _caption(self, found: Hypothesis, match: Match | None = None) -> Caption:
+        return Caption(
+            text=self._tokenizer.decode(found.token_ids),
+            score=found.score,
+            log_prob=found.log_prob,
+            tokens=found.tokens,
+            token_ids=found.token_ids,
+            **(match._asdict() if match else {}),
+        )
 
     def _search_params(self, params: Params) -> BeamParams:
         text = self.manifest.text
@@ -278,9 +299,13 @@ class Captioner:
             f"{-MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}",
         )
         _require(params.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "0 or more")
+        reranks = self.manifest.reranks
+        reason = "" if self._matcher else f", since {self._called} has no matcher"
+        _require(params.rerank in reranks, "rerank", " or ".join(reranks) + reason)
         return BeamParams(
             num_beams=params.num_beams,
-            num_captions=params.num_captions,
+            # What is reranked is cut afterwards.
+            num_captions=params.num_captions if params.rerank == "none" else params.num_beams,
             max_new_tokens=params.max_new_tokens,
             min_new_tokens=params.min_new_tokens,
             length_penalty=params.length_penalty,
@@ -300,6 +325,7 @@ class Captioner:
             ]
             params = [Params.of(self.manifest.defaults)] * len(golden)
             found = self.caption_batch(pixels, params)
+            faults = self._match_faults(pixels)
         except CaptionError as error:
             raise BundleRejected(f"{bundle.path}: {error.detail}") from error
         except Exception as error:  # a graph may fail in any way
@@ -312,6 +338,16 @@ class Captioner:
                     f"{bundle.path}: {entry.image} is captioned {captions[0].text!r},"
                     f" but the manifest promises {entry.text!r}"
                 )
+        for entry, fault in zip(golden, faults, strict=False):
+            if fault:
+                raise BundleRejected(f"{bundle.path}: {entry.image}: {fault}")
+
+    def _match_faults(self, pixels: Sequence[Pixels]) -> list[str]:
+        """Returns what the matcher says wrongly of each golden image, if there is a matcher."""
+        if self._matcher is None:
+            return []
+        encoded = zip(self.manifest.golden, self.encode(pixels), strict=True)
+        return [self._matcher.fault(entry, one.memory, one.index) for entry, one in encoded]
 
 
 def _not_shown(what: str) -> BundleRejected:

@@ -36,18 +36,27 @@ class Observer(Protocol):
     def observe_step(self, seconds: float) -> None:
         """One run of the decoder."""
 
+    def observe_match(self, seconds: float) -> None:
+        """One run of the matcher."""
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the decoder attends to beside the text, each value (B, ...), on the device."""
+    """What the encoder gives of images, on the device.
+
+    `values`, each (B, ...), are what the decoder attends to beside the text, in the manifest's
+    order; `image_embedding` (B, E) is there for the matcher, if there is one.
+    """
 
     images: int
     values: tuple[ort.OrtValue, ...]
+    image_embedding: ort.OrtValue | None = None
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return sum(4 * int(np.prod(value.shape())) for value in self.values)
+        kept = self.values if self.image_embedding is None else (*self.values, self.image_embedding)
+        return sum(4 * int(np.prod(value.shape())) for value in kept)
 
 
 class Decoding:

@@ -19,7 +19,7 @@ from prometheus_client import (
 )
 
 MAX_SERIES = 60
-_MAX_PAIRS = 26
+_MAX_PAIRS = 24
 
 # Without this every counter and histogram has a second, useless series: the time it was made.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -61,6 +61,9 @@ class Metrics:
         )
         self._step = Summary(
             "cutline_decode_step_seconds", "Seconds of one decoder step", registry=registry
+        )
+        self._match = Summary(
+            "cutline_match_seconds", "Seconds of one matcher run", registry=registry
         )
         self._tokens = Counter(
             "cutline_tokens", "Tokens generated in returned captions", registry=registry
@@ -126,6 +129,10 @@ class Metrics:
     def observe_step(self, seconds: float) -> None:
         """Record one step of the decoder."""
         self._step.observe(seconds)
+
+    def observe_match(self, seconds: float) -> None:
+        """Record one run of the matcher."""
+        self._match.observe(seconds)
 
     def add_tokens(self, count: int) -> None:
         """Count generated tokens."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from exports.manifest import Rerank
 from serving.limits import MAX_LENGTH_PENALTY
 
 MAX_BEAMS = 16
@@ -43,6 +44,12 @@ class CaptionParameters(BaseModel):
     no_repeat_ngram_size: int = Field(
         default=0, ge=0, le=16, description="No run of so many tokens comes twice; 0 allows all."
     )
+    rerank: Rerank = Field(
+        default="none",
+        description="What the captions found are sorted by before the best are returned: `none`, "
+        "their own score; `itm`, also how well each fits the image when read together with it; "
+        "`clip`, also how near the two are. Needs a bundle with a matcher.",
+    )
     prefix: str = Field(
         default="", max_length=500, description="Words that each caption must begin with."
     )
@@ -71,6 +78,16 @@ class CaptionAnswer(BaseModel):
         examples=[-3.4],
     )
     tokens: int = Field(description="Generated tokens, the end token included.", examples=[8])
+    match: float | None = Field(
+        default=None,
+        description="With `rerank`: the probability that the caption belongs to the image.",
+        examples=[0.93],
+    )
+    similarity: float | None = Field(
+        default=None,
+        description="With `rerank`: the cosine of the caption's and the image's embeddings.",
+        examples=[0.41],
+    )
 
 
 class ImageAnswer(BaseModel):
@@ -101,6 +118,7 @@ class ActiveModel(BaseModel):
     vocabulary: int
     max_length: int = Field(description="Positions of the decoder, start and end tokens included.")
     defaults: dict[str, Any] = Field(description="Generation parameters a request may leave out.")
+    rerank: list[Rerank] = Field(description="What the parameter `rerank` may be.")
     metrics: dict[str, Any] = Field(description="Figures of the model card.")
 
 

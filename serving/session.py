@@ -14,6 +14,9 @@ from exports.bundle import Bundle
 from exports.manifest import Manifest, encoded_name, next_name
 from serving.decoding import ANSWERED, FED, FED_IF_ASKED, Decoding, Memory, Observer
 from serving.errors import BundleRejected
+from serving.matcher import ANSWERED as MATCHER_ANSWERED
+from serving.matcher import FED as MATCHER_FED
+from serving.matcher import Matcher
 
 Provider = Literal["auto", "cpu", "cuda"]
 Pixels = npt.NDArray[np.uint8]
@@ -25,22 +28,28 @@ _CUDA_OPTIONS = {
 
 
 class Graphs(NamedTuple):
-    """The bytes of a bundle's three ONNX files."""
+    """The bytes of a bundle's ONNX files."""
 
     encoder: bytes
     decoder: bytes
     join: bytes
+    matcher: bytes | None = None
 
     @classmethod
     def read(cls, bundle: Bundle) -> "Graphs":
         """Reads them; raises ExportsError."""
         manifest = bundle.manifest
-        files = (manifest.encoder.file, manifest.decoder.file, manifest.join_file)
+        files = [manifest.encoder.file, manifest.decoder.file, manifest.join_file]
+        if manifest.matcher is not None:
+            files.append(manifest.matcher.file)
         return cls(*(bundle.read(file) for file in files))
 
 
 class OnnxSession:
-    """A loaded bundle: `encode` images, then decode them in the slots of a `decoding`."""
+    """A loaded bundle: `encode` images, then decode them in the slots of a `decoding`.
+
+    `matcher` tells how well captions fit, if the bundle has one.
+    """
 
     def __init__(
         self,
@@ -85,13 +94,22 @@ class OnnxSession:
             ("source", "slot", *memory, *map(encoded_name, memory)),
             [*map(next_name, memory)],
         )
+        self.matcher: Matcher | None = None
+        if manifest.matcher is not None and graphs.matcher is not None:
+            spec, session = manifest.matcher, _load(graphs.matcher, threads, self.device)
+            fed = (*MATCHER_FED, *spec.memory, spec.image_embedding)
+            _check("the matcher", session, fed, MATCHER_ANSWERED)
+            self.matcher = Matcher(session, manifest, spec, self._turn)
 
     def encode(self, pixels: Pixels, observer: Observer | None = None) -> Memory:
         """Returns the memory of images, uint8 (B, H, W, 3)."""
         binding = self._encoder.io_binding()
         binding.bind_cpu_input(self.manifest.encoder.input, np.ascontiguousarray(pixels))
+        spec = self.manifest.matcher
         for name in self.manifest.decoder.memory:
             binding.bind_output(name, self.device)
+        if spec is not None:
+            binding.bind_output(spec.image_embedding, self.device)
         with self._turn:
             started = perf_counter()
             self._encoder.run_with_iobinding(binding)
@@ -99,7 +117,9 @@ class OnnxSession:
             seconds = perf_counter() - started
         if observer is not None:
             observer.observe_encode(seconds)
-        return Memory(len(pixels), tuple(binding.get_outputs()))
+        values = list(binding.get_outputs())
+        embedding = None if spec is None else values.pop()
+        return Memory(len(pixels), tuple(values), embedding)
 
     def decoding(self, slots: int) -> "Decoding":
         """Returns a decoder with room for images in so many slots."""

@@ -209,6 +209,7 @@ def _described(captioner: Captioner) -> ActiveModel:
         vocabulary=manifest.text.vocab_size,
         max_length=manifest.text.max_length,
         defaults=manifest.defaults.model_dump(),
+        rerank=list(manifest.reranks),
         metrics=manifest.metrics,
     )
 

@@ -1,6 +1,6 @@
 """Captioner = encoder + bridge + decoder, built from three tables of a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from exports.text import TextSpec
 from trainer import variants
 from trainer.attention import GrowingCache, Memory
 from trainer.matching import Matcher, MatcherConfig
+
+IMAGE_EMBEDDING = "image_embedding"
 
 
 class Captioner(nn.Module):
@@ -64,6 +66,38 @@ class Captioner(nn.Module):
         """Returns what text attends to of images (B, 3, H, W), uint8 or float in 0..255."""
         memory: Memory = self.decoder.memory(self.encode(images))
         return memory
+
+    def encoded(self, images: Tensor) -> dict[str, Tensor]:
+        """Returns all that is kept of images, by the names that graphs give it.
+
+        That is the memory, each (B, ...), and with a matcher `image_embedding` (B, E).
+        """
+        image_tokens, pooled = self.encoder(images)
+        named: dict[str, Tensor] = self.decoder.memory(self.bridge(image_tokens)).named()
+        if self.matcher is not None:
+            named[IMAGE_EMBEDDING] = self.matcher.embed_images(pooled)
+        return named
+
+    def match(
+        self, token_ids: Tensor, lengths: Tensor, image: Tensor, encoded: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Returns how well captions fit: probabilities of a match (C,), and cosines (C,).
+
+        Only for captioners with a matcher.
+
+        Args:
+            token_ids: (C, T), `<bos>` ... `<eos>` and padding.
+            lengths: (C,), tokens without padding.
+            image: (C,), which of the B images each caption belongs to, in any order.
+            encoded: of the images, from `encoded`.
+        """
+        assert self.matcher is not None
+        own = {name: value.index_select(0, image) for name, value in encoded.items()}
+        memory = Memory.of(own)
+        logits = self.matcher.match_logits(self.decoder, token_ids, lengths, memory)
+        captions = self.matcher.embed_captions(self.decoder, token_ids, lengths)
+        similarity = (captions * own[IMAGE_EMBEDDING]).sum(1)
+        return logits.softmax(1)[:, 1], similarity
 
     def forward(self, images: Tensor, token_ids: Tensor) -> Tensor:
         """Returns logits (B * C, T, V).

@@ -12,7 +12,7 @@ The rules are those of `transformers`' `generate` with `early_stopping=False`:
 5. An image is done when K are finished and none alive could beat the worst of them as scored now.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,7 +45,7 @@ class StepModel(Protocol):
     max_length: int
 
     def encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Returns what the text attends to of images (B, H, W, 3), by name (see `Memory`)."""
+        """Returns what is kept of images (B, H, W, 3), by name (see `Captioner.encoded`)."""
 
     def start(self, images: NDArray[np.uint8]) -> Any:
         """Returns the state before the first token of images (B, H, W, 3), one row an image."""
@@ -69,20 +69,20 @@ class TorchSteps:
         self.vocab_size, self.max_length = captioner.text.vocab_size, captioner.text.max_length
         self._device = next(captioner.parameters()).device
 
+    @torch.inference_mode()
     def encode(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """See `StepModel`."""
-        named = self._memory(images).named()
+        named = self._captioner.encoded(self._pixels(images))
         return {name: value.float().cpu().numpy() for name, value in named.items()}
 
+    @torch.inference_mode()
     def start(self, images: NDArray[np.uint8]) -> Any:
         """See `StepModel`."""
         past = [p.to(self._device) for p in self._captioner.empty_cache(len(images))]
-        return self._memory(images), past
+        return self._captioner.memory(self._pixels(images)), past
 
-    @torch.inference_mode()
-    def _memory(self, images: NDArray[np.uint8]) -> Memory:
-        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
-        return self._captioner.memory(pixels)
+    def _pixels(self, images: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def step(
@@ -96,6 +96,23 @@ class TorchSteps:
         logits, present = self._captioner.step(tokens, past[0].shape[2], past, memory)
         best = logits.float().log_softmax(-1).topk(min(top_k, self.vocab_size))
         return (memory, present), best.values.cpu().numpy(), best.indices.cpu().numpy()
+
+    @torch.inference_mode()
+    def match(
+        self,
+        encoded: Mapping[str, NDArray[np.float32]],
+        token_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        image: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `trainer.reranking.MatchModel`."""
+        match, similarity = self._captioner.match(
+            torch.from_numpy(token_ids).to(self._device),
+            torch.from_numpy(lengths).to(self._device),
+            torch.from_numpy(image).to(self._device),
+            {name: torch.from_numpy(value).to(self._device) for name, value in encoded.items()},
+        )
+        return match.cpu().numpy(), similarity.cpu().numpy()
 
 
 @torch.no_grad()

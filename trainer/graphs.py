@@ -1,4 +1,4 @@
-"""A captioner as ONNX graphs: the encoder, one decode step, and the join between them.
+"""A captioner as ONNX graphs: the encoder, one decode step, the join between them, the matcher.
 
 What the graphs take and give stands in `exports/README.md`, how their weights are stored in
 `trainer.compression`.
@@ -15,9 +15,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from exports.manifest import DecoderSpec, EncoderSpec, encoded_name, next_name
+from exports.manifest import DecoderSpec, EncoderSpec, MatcherSpec, encoded_name, next_name
 from trainer.attention import Memory, pair_names
-from trainer.captioner import Captioner
+from trainer.captioner import IMAGE_EMBEDDING, Captioner
 from trainer.compression import compress
 from trainer.tree_cache import TreeCache
 
@@ -25,8 +25,8 @@ OPSET = 20
 
 
 def export_encoder(captioner: Captioner) -> tuple[bytes, EncoderSpec]:
-    """Returns the encoder graph, uint8 images (B, H, W, 3) to the decoder's memory."""
-    spec = EncoderSpec(outputs=tuple(_example_memory(captioner, 1)))
+    """Returns the encoder graph: uint8 images (B, H, W, 3) to what the other graphs take."""
+    spec = EncoderSpec(outputs=tuple(_example(captioner, 1)))
     pixels = torch.zeros(2, captioner.image.height, captioner.image.width, 3, dtype=torch.uint8)
     # Constants are folded, but not BatchNorm: the session folds it after the weights are widened.
     # Folded here, other numbers would be rounded than those of the captioner.
@@ -112,12 +112,51 @@ def join_graph(captioner: Captioner) -> bytes:
     return model.SerializeToString()
 
 
-def _example_memory(captioner: Captioner, images: int) -> dict[str, Tensor]:
+def export_matcher(captioner: Captioner) -> tuple[bytes, MatcherSpec]:
+    """Returns the graph that tells how well captions fit encoded images; there is a matcher."""
+    assert captioner.matcher is not None
+    captions, tokens, images = 5, 7, 3
+    encoded = _example(captioner, images)
+    spec = MatcherSpec(
+        memory=tuple(name for name in encoded if name != IMAGE_EMBEDDING),
+        image_embedding=IMAGE_EMBEDDING,
+        reranking=captioner.matcher.reranking,
+    )
+    whole = torch.int64
+    example = (
+        torch.zeros(captions, tokens, dtype=whole),
+        torch.full((captions,), tokens, dtype=whole),
+        torch.zeros(captions, dtype=whole),
+        list(encoded.values()),
+    )
+    dynamic = {
+        "token_ids": {0: "C", 1: "T"},
+        "lengths": {0: "C"},
+        "image": {0: "C"},
+        "encoded": [{0: "B"} for _ in encoded],
+    }
+    model = _export(
+        _MatcherGraph(captioner, tuple(encoded)),
+        example,
+        dynamic,
+        inputs=["token_ids", "lengths", "image", *encoded],
+        outputs=["match", "similarity"],
+        optimize=True,
+    )
+    return compress(model), spec
+
+
+def _example(captioner: Captioner, images: int) -> dict[str, Tensor]:
     size = (images, 3, captioner.image.height, captioner.image.width)
     with torch.no_grad():
         # Contiguous, as a graph's inputs are: otherwise the exporter asks for their strides.
-        memory = captioner.memory(torch.zeros(size)).named()
-    return {name: value.contiguous() for name, value in memory.items()}
+        found = captioner.encoded(torch.zeros(size))
+    return {name: value.contiguous() for name, value in found.items()}
+
+
+def _example_memory(captioner: Captioner, images: int) -> dict[str, Tensor]:
+    found = _example(captioner, images)
+    return {name: value for name, value in found.items() if name != IMAGE_EMBEDDING}
 
 
 def _floats(name: str, *shape: int | str) -> onnx.ValueInfoProto:
@@ -130,7 +169,7 @@ class _EncoderGraph(nn.Module):
         self.captioner = captioner
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.captioner.memory(images.permute(0, 3, 1, 2)).named().values())
+        return tuple(self.captioner.encoded(images.permute(0, 3, 1, 2)).values())
 
 
 class _DecoderGraph(nn.Module):
@@ -162,6 +201,18 @@ class _DecoderGraph(nn.Module):
         )
         logits = self.captioner.decoder.logits(token_ids, position, tree)
         return (logits.log_softmax(-1), *tree.written)
+
+
+class _MatcherGraph(nn.Module):
+    def __init__(self, captioner: Captioner, encoded: Sequence[str]) -> None:
+        super().__init__()
+        self.captioner, self.encoded = captioner, encoded
+
+    def forward(
+        self, token_ids: Tensor, lengths: Tensor, image: Tensor, encoded: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        named = dict(zip(self.encoded, encoded, strict=True))
+        return self.captioner.match(token_ids, lengths, image, named)
 
 
 def _export(

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exports.manifest import Reranking
 from trainer.attention import Memory
 from trainer.config import Config as BaseConfig
 from trainer.errors import ConfigError
@@ -35,7 +36,7 @@ class Matcher(nn.Module):
         decoder: which reads; it is passed again to every call.
 
     Raises:
-        ConfigError: the decoder cannot read.
+        ConfigError: the decoder cannot read, or does not see images by cross-attention.
     """
 
     def __init__(self, config: MatcherConfig, *, encoder_width: int, decoder: Any) -> None:
@@ -45,10 +46,20 @@ class Matcher(nn.Module):
                 "[matcher] needs a decoder that also reads both ways: "
                 '[decoder] name = "bert", text_encoder = true'
             )
+        if decoder.reading.kind != "cross_attention":
+            raise ConfigError(
+                f"[matcher] reads captions together with the image by cross-attention, not as "
+                f'{decoder.reading.kind}: [bridge] name = "cross_attention"'
+            )
         self.itm_head = nn.Linear(decoder.width, 2)
         self.image_projection = nn.Linear(encoder_width, config.width)
         self.text_projection = nn.Linear(decoder.width, config.width)
         self.temperature = nn.Parameter(torch.tensor(config.temperature))
+
+    @property
+    def reranking(self) -> Reranking:
+        """How its numbers weigh against a search's, while no data have told."""
+        return Reranking(temperature=self.temperature.item())
 
     def embed_images(self, pooled: Tensor) -> Tensor:
         """Returns unit vectors (B, E) of pooled (B, D)."""

@@ -1,23 +1,24 @@
 """The exported graphs as the trainer runs them: plainly, for parity checks and evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from exports.manifest import DecoderSpec, EncoderSpec, next_name
+from exports.manifest import DecoderSpec, EncoderSpec, MatcherSpec, next_name
 from exports.text import TextSpec
 
 
 class OnnxSteps:
-    """Two graphs as a `trainer.decoding.StepModel`.
+    """Graphs as a `trainer.decoding.StepModel`, and with a matcher as a `MatchModel`.
 
     Args:
         encoder: the encoder graph's bytes; `decoder`: the decode step's.
         encoder_spec: its tensor names; `decoder_spec` likewise.
         text: vocabulary and special ids.
+        matcher: the matcher graph's bytes, if there is one; `matcher_spec`: its tensor names.
     """
 
     def __init__(
@@ -27,8 +28,12 @@ class OnnxSteps:
         encoder_spec: EncoderSpec,
         decoder_spec: DecoderSpec,
         text: TextSpec,
+        matcher: bytes | None = None,
+        matcher_spec: MatcherSpec | None = None,
     ) -> None:
         self._encoder = session(encoder)
+        self._matcher: Any = None if matcher is None else session(matcher)
+        self._matcher_spec = matcher_spec
         self.decoder: Any = session(decoder)
         self._encoder_spec, self._spec = encoder_spec, decoder_spec
         inputs = {tensor.name for tensor in self.decoder.get_inputs()}
@@ -44,7 +49,8 @@ class OnnxSteps:
 
     def start(self, images: NDArray[np.uint8]) -> Any:
         """See `StepModel`."""
-        memory = self.encode(images)
+        encoded = self.encode(images)
+        memory = {name: encoded[name] for name in self._spec.memory}
         shape = (len(images), self._spec.heads, 0, self._spec.head_dim)
         cache = [np.zeros(shape, np.float32) for _ in self._spec.cache]
         return memory, cache, np.zeros((len(images), 1, 1, 0), np.float32), np.zeros(0, np.int64)
@@ -88,6 +94,25 @@ class OnnxSteps:
             ["log_probs", "ids", *map(next_name, self._spec.cache)], feeds
         )
         return (memory, cache, visible, positions), log_probs, ids
+
+    def match(
+        self,
+        encoded: Mapping[str, NDArray[np.float32]],
+        token_ids: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        image: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """See `trainer.reranking.MatchModel`."""
+        assert self._matcher_spec is not None
+        names = (*self._matcher_spec.memory, self._matcher_spec.image_embedding)
+        feeds: dict[str, NDArray[Any]] = {
+            "token_ids": token_ids,
+            "lengths": lengths,
+            "image": image,
+        }
+        feeds |= {name: encoded[name] for name in names}
+        match, similarity = self._matcher.run(["match", "similarity"], feeds)
+        return match, similarity
 
 
 def session(graph: bytes) -> onnxruntime.InferenceSession:

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from exports.manifest import Generation
+from exports.text import TextSpec, framed
 from trainer.decoding import Hypothesis, StepModel, beam_search
 from trainer.errors import ParityError
+from trainer.reranking import MatchModel
 
 SHAPES = ((1, 1), (1, 4), (2, 3), (3, 1), (8, 5), (17, 4))  # images, rows an image
 BEAMS = (1, 3, 5)
 LOG_PROB_TOLERANCE = 2e-3  # of two float32 computations of sums of some thousand terms
+MATCH_TOLERANCE = 1e-4  # of probabilities and cosines
 TIE = 1e-3  # n-best lists may swap hypotheses whose scores are nearer than this
 
 
@@ -91,6 +94,49 @@ def compare(
         second = beam_search(exported, batch, generation)
         captions += sum(_equal(a[:1], b[:1]) for a, b in zip(first, second, strict=True))
     return Parity(difference, agreement, lists, equal, len(pixels), captions)
+
+
+def check_matches(
+    reference: MatchModel,
+    exported: MatchModel,
+    pixels: NDArray[np.uint8],
+    text: TextSpec,
+    *,
+    encoder: StepModel | None = None,
+) -> float:
+    """Returns by how much the two differ, at most, on how well random captions fit.
+
+    Args:
+        reference: the PyTorch captioner.
+        exported: the graphs.
+        pixels: images (n, H, W, 3).
+        text: of the captions.
+        encoder: whose encodings both of them read; by default each its own.
+
+    Raises:
+        ParityError: by more than `MATCH_TOLERANCE`.
+    """
+    draw = np.random.default_rng(0)
+    largest = 0.0
+    for images, rows in SHAPES:
+        chosen = pixels[draw.integers(0, len(pixels), images)]
+        captions = [
+            draw.integers(0, text.vocab_size, draw.integers(1, text.max_length)).tolist()
+            for _ in range(images * rows)
+        ]
+        captioned = (*framed(captions, text), draw.integers(0, images, images * rows))
+        found = [
+            np.stack(model.match((encoder or model).encode(chosen), *captioned))
+            for model in (reference, exported)
+        ]
+        gap = float(np.abs(found[0] - found[1]).max())
+        largest = max(largest, gap if np.isfinite(gap) else float("inf"))
+    if largest > MATCH_TOLERANCE:
+        raise ParityError(
+            f"the exported matcher differs from the model: by {largest:.2g}, more than "
+            f"{MATCH_TOLERANCE:g}"
+        )
+    return largest
 
 
 def _log_probs(

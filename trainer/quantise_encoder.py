@@ -17,7 +17,7 @@ Jacob et al., 2017, https://arxiv.org/abs/1712.05877, with these departures:
 No range depends on the images at hand, so neither does what an image gives on its batch.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ def quantise_encoder(
     graph: bytes,
     batches: Iterable[NDArray[np.uint8]],
     *,
+    floats: Collection[str] = (),
     outside: float = 1e-5,
     levels: int = WEIGHT_LEVELS,
     compensate: bool = True,
@@ -52,6 +53,8 @@ def quantise_encoder(
     Args:
         graph: the graph of `trainer.graphs.export_encoder`.
         batches: images (B, H, W, 3) like those that it will see; about a hundred are enough.
+        floats: outputs that are computed in floats from where they part from the others: a row an
+            image is too little to see what rounding changes, and not worth integers.
         outside: share of a tensor's values that its range may cut off at either end.
         levels: the largest weight, 127 at most.
         compensate: round weights together, not each by itself.
@@ -61,7 +64,7 @@ def quantise_encoder(
     """
     folded = fold(graph)
     zero = pixels_as_integers(folded)
-    plan = _Plan(folded)
+    plan = _Plan(folded, folded.outputs.difference(floats))
     feeds = (
         {folded.input: batch[start : start + _CALL]}
         for batch in batches
@@ -82,18 +85,18 @@ def quantise_encoder(
 
 
 class _Plan:
-    """Which nodes compute with integers, and which tensors are integers for them.
+    """Which nodes compute with integers for `outputs`, and which tensors are integers for them.
 
     `products` have constant weights; `between` read nothing but what is an integer anyway; `cut`
     maps what comes before a ReLU to what comes after; `integers` are made by either.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, outputs: Collection[str]) -> None:
         self.products: list[onnx.NodeProto] = []
         self.between: list[onnx.NodeProto] = []
         self.cut: dict[str, str] = {}
         self.integers: set[str] = set()
-        for node in graph.nodes:
+        for node in _leading_to(graph, outputs):
             weighted = _has_weights(graph, node)
             between = node.op_type in _BETWEEN and self.integers.issuperset(node.input)
             if weighted:
@@ -106,6 +109,16 @@ class _Plan:
         self.integers -= graph.outputs
         read = {node.input[0] for node in self.products}
         self.tensors = sorted(self.integers | read)
+
+
+def _leading_to(graph: Graph, outputs: Collection[str]) -> list[onnx.NodeProto]:
+    """Returns the nodes, in order, that some of the outputs need."""
+    asked, found = set(outputs), []
+    for node in reversed(graph.nodes):
+        if asked.intersection(node.output):
+            found.append(node)
+            asked.update(node.input)
+    return found[::-1]
 
 
 def _has_weights(graph: Graph, node: onnx.NodeProto) -> bool:

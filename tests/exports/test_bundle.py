@@ -7,7 +7,14 @@ from pydantic import ValidationError
 
 from exports.bundle import Bundle, write_bundle
 from exports.errors import BundleError
-from exports.manifest import DecoderSpec, Generation, Manifest
+from exports.manifest import (
+    DecoderSpec,
+    EncoderSpec,
+    Generation,
+    Manifest,
+    MatcherSpec,
+    Reranking,
+)
 
 NAMES = (
     "manifest.json",
@@ -185,3 +192,29 @@ def test_graphs_that_do_not_fit_each_other_are_refused(manifest: Manifest) -> No
 def test_impossible_generation_settings_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Generation.model_validate(fields)
+
+
+EMBEDDED = ("memory_k.0", "memory_v.0", "image_embedding")
+
+
+@pytest.mark.parametrize(
+    ("outputs", "changes", "message"),
+    [
+        (EMBEDDED[:2], {}, "decoder.memory and matcher.image_embedding, no more"),
+        ((*EMBEDDED, "more"), {}, "decoder.memory and matcher.image_embedding, no more"),
+        (EMBEDDED, {"memory": ("memory_k.7",)}, "matcher.memory names tensors"),
+        (EMBEDDED[:2], {"image_embedding": "memory_k.0"}, "must not be one of decoder.memory"),
+    ],
+)
+def test_a_matcher_must_fit_the_other_graphs(
+    manifest: Manifest, outputs: tuple[str, ...], changes: dict[str, object], message: str
+) -> None:
+    spec = MatcherSpec(memory=EMBEDDED[:1], reranking=Reranking(temperature=0.1))
+    encoder = EncoderSpec(outputs=EMBEDDED)
+    fits = manifest.model_copy(update={"encoder": encoder, "matcher": spec})
+    assert Manifest.from_json(fits.to_json()) == fits
+    assert "matcher.onnx" in fits.required_files()
+    assert (manifest.reranks, fits.reranks) == (("none",), ("none", "itm", "clip"))
+    wrong = {"encoder": EncoderSpec(outputs=outputs), "matcher": spec.model_copy(update=changes)}
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(manifest.model_copy(update=wrong).to_json())

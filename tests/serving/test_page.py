@@ -78,6 +78,22 @@ def test_the_number_of_beams_is_chosen(page, live, photo):
     assert page.evaluate(TEXTS) == api_texts(live, photo, 1)
 
 
+def test_what_captions_are_sorted_by_is_chosen_where_there_is_a_matcher(
+    page, browser, tmp_path, tiny_bundles, photo
+):
+    assert page.evaluate("document.querySelector('#rerank').offsetParent === null")
+    Registry(tmp_path / "matching").publish(tiny_bundles.matching)
+    with running(tmp_path / "matching") as live:
+        browser.open(str(live.client.base_url.join("/")))
+        page.until("document.querySelector('#rerank').offsetParent !== null")
+        page.choose(photo, "#file")
+        page.until(f"{SETTLED} && {TEXTS}.length === 4")
+        page.evaluate("document.querySelector('[name=rerank][value=itm]').click()")
+        scores = "[...document.querySelectorAll('#captions data')].map((d) => d.textContent)"
+        assert all(" · fits to " in text for text in page.until(f"{SETTLED} && {scores}"))
+        assert page.errors == []
+
+
 def test_an_error_is_shown_and_the_next_photo_works(page, live, photo, tmp_path):
     letter = tmp_path / "letter.jpg"
     letter.write_text("Dear reader")

@@ -22,6 +22,8 @@ from exports.manifest import (
     Generation,
     Golden,
     Manifest,
+    MatcherSpec,
+    Reranking,
     encoded_name,
     next_name,
 )
@@ -45,6 +47,7 @@ SIDE, PATCH = 32, 16
 N = (SIDE // PATCH) ** 2
 TEXT = TextSpec(vocab_size=V, bos_id=1, eos_id=2, pad_id=0, max_length=20)
 CACHE = tuple(f"cache_{kind}.{layer}" for layer in range(L) for kind in "kv")
+EMBEDDING, E = "image_embedding", 6
 MEMORY = tuple(f"memory_{kind}.{layer}" for layer in range(L) for kind in "kv")
 
 
@@ -63,15 +66,29 @@ def black_picture():
     return body.getvalue()
 
 
+MATCHER = MatcherSpec(
+    memory=MEMORY[2:], reranking=Reranking(temperature=0.1, itm_weight=0.25, clip_weight=0.5)
+)
+
+
 def write_tiny_bundle(
-    target: Path, *, name="tiny", version="1", seed=0, broken_golden=False, nan=False
+    target: Path,
+    *,
+    name="tiny",
+    version="1",
+    seed=0,
+    broken_golden=False,
+    nan=False,
+    matcher=False,
+    broken_match=False,
 ) -> Path:
     """Writes a bundle to `target`; another `seed` gives other captions.
 
     `broken_golden` promises captions that the graphs do not give; `nan` puts a NaN into the
-    weights. Both pass every check of the files and must fail the check of the captions.
+    weights. Both pass every check of the files and must fail the check of the captions. With
+    `matcher` the bundle also tells how well captions fit; `broken_match` promises another number.
     """
-    encoder, decoder = _encoder(seed), _decoder(seed)
+    encoder, decoder = _encoder(seed, embedding=matcher), _decoder(seed)
     tokenizer = _tokenizer()
     images = {f"golden/{index}.png": picture(1000 + index) for index in range(3)}
     manifest = Manifest(
@@ -82,12 +99,16 @@ def write_tiny_bundle(
         licence="Apache-2.0",
         image=ImageSpec(height=SIDE, width=SIDE),
         text=TEXT,
-        encoder=EncoderSpec(outputs=MEMORY),
+        encoder=EncoderSpec(outputs=(*MEMORY, EMBEDDING) if matcher else MEMORY),
         decoder=DecoderSpec(layers=L, heads=HEADS, head_dim=HEAD_DIM, memory=MEMORY, cache=CACHE),
+        matcher=MATCHER if matcher else None,
         defaults=Generation(max_new_tokens=12),
         metrics={"CIDEr-D": 0.0},
     )
-    golden = _golden(Graphs(encoder, decoder, _join()), manifest, images, Text(tokenizer, TEXT))
+    graphs = Graphs(encoder, decoder, _join(), _matcher(seed) if matcher else None)
+    golden = _golden(graphs, manifest, images, Text(tokenizer, TEXT))
+    if broken_match:
+        golden[1] = golden[1].model_copy(update={"match": 1 - golden[1].match})
     if broken_golden:
         golden[1] = golden[1].model_copy(update={"token_ids": (5, 6, 7, TEXT.eos_id)})
     files = {
@@ -95,6 +116,7 @@ def write_tiny_bundle(
         "decoder.onnx": _decoder(seed, nan=True) if nan else decoder,
         "join.onnx": _join(),
         "tokenizer.json": tokenizer,
+        **({"matcher.onnx": graphs.matcher} if matcher else {}),
         **images,
     }
     write_bundle(target, manifest.model_copy(update={"golden": tuple(golden)}), files)
@@ -106,16 +128,24 @@ def _golden(graphs, manifest, images, text):
     pixels = [preprocess(Image.open(BytesIO(body)), manifest.image) for body in images.values()]
     params = BeamParams(**manifest.defaults.model_dump())
     decoding = session.decoding(len(pixels))
-    decoding.place(session.encode(np.stack(pixels)), *[range(len(pixels))] * 2)
+    memory = session.encode(np.stack(pixels))
+    decoding.place(memory, *[range(len(pixels))] * 2)
     found = beam_search(decoding, [params] * len(pixels))
+
+    def fits(at, best):
+        if session.matcher is None:
+            return {}
+        return session.matcher.match(memory, at, [best.token_ids])[0]._asdict()
+
     return [
         Golden(
             image=name,
             token_ids=best.token_ids,
             text=text.decode(best.token_ids),
             score=best.score,
+            **fits(at, best),
         )
-        for name, [best] in zip(images, found, strict=True)
+        for at, (name, [best]) in enumerate(zip(images, found, strict=True))
     ]
 
 
@@ -164,7 +194,7 @@ def _ints(name, dims):
     return helper.make_tensor_value_info(name, TensorProto.INT64, dims)
 
 
-def _encoder(seed):
+def _encoder(seed, *, embedding=False):
     rng = np.random.default_rng([seed, 0])
     g = _Graph()
     pixels = g.op("Cast", "images", to=TensorProto.FLOAT)
@@ -181,7 +211,44 @@ def _encoder(seed):
         heads = g.op("Reshape", projected, g.shape(0, N, HEADS, HEAD_DIM))
         g.op("Transpose", heads, perm=[0, 2, 1, 3], output=name)
     images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["B", SIDE, SIDE, 3])
-    return g.finish([images], _floats(MEMORY, ["B", HEADS, N, HEAD_DIM]))
+    outputs = _floats(MEMORY, ["B", HEADS, N, HEAD_DIM])
+    if embedding:
+        pooled = g.op("ReduceMean", tokens, axes=[1], keepdims=0)
+        pooled = g.op("MatMul", pooled, g.const(rng.standard_normal((D, E))))
+        g.op("LpNormalization", pooled, axis=1, output=EMBEDDING)
+        outputs += _floats([EMBEDDING], ["B", E])
+    return g.finish([images], outputs)
+
+
+def _matcher(seed):
+    """Words on average, against the image's last layer and against its embedding."""
+    rng = np.random.default_rng([seed, 2])
+    g = _Graph()
+    words = g.op("Gather", g.const(rng.standard_normal((V, D))), "token_ids")
+    tokens = g.op("Gather", g.op("Shape", "token_ids"), g.const(1, np.int64))
+    place = g.op("Range", g.const(0, np.int64), tokens, g.const(1, np.int64))
+    lengths = g.op("Unsqueeze", "lengths", g.shape(1))
+    shown = g.op("Cast", g.op("Less", place, lengths), to=TensorProto.FLOAT)
+    shown = g.op("Unsqueeze", shown, g.shape(2))
+    total = g.op("ReduceSum", g.op("Mul", words, shown), g.shape(1), keepdims=0)
+    text = g.op("Div", total, g.op("Cast", lengths, to=TensorProto.FLOAT))
+    keys, values = (g.op("Gather", name, "image", axis=0) for name in MEMORY[2:])
+    seen = g.op("ReduceMean", g.op("Mul", keys, values), axes=[2], keepdims=0)
+    seen = g.op("Reshape", seen, g.shape(0, D))
+    fit = g.op("ReduceSum", g.op("Mul", text, seen), g.shape(1), keepdims=0)
+    g.op("Sigmoid", g.op("Mul", fit, g.const(0.3)), output="match")
+    text = g.op("MatMul", text, g.const(rng.standard_normal((D, E))))
+    text = g.op("LpNormalization", text, axis=1)
+    own = g.op("Gather", EMBEDDING, "image", axis=0)
+    g.op("ReduceSum", g.op("Mul", text, own), g.shape(1), keepdims=0, output="similarity")
+    inputs = [
+        _ints("token_ids", ["C", "T"]),
+        _ints("lengths", ["C"]),
+        _ints("image", ["C"]),
+        *_floats(MEMORY[2:], ["B", HEADS, N, HEAD_DIM]),
+        *_floats([EMBEDDING], ["B", E]),
+    ]
+    return g.finish(inputs, _floats(["match", "similarity"], ["C"]))
 
 
 def _attend(g, rows, keys, values, mask=None):

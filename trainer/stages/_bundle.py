@@ -14,25 +14,36 @@ from pydantic import JsonValue
 
 from exports.bundle import write_bundle
 from exports.images import ImageSpec, preprocess
-from exports.manifest import JOIN_FILE, DecoderSpec, EncoderSpec, Generation, Golden, Manifest
+from exports.manifest import (
+    JOIN_FILE,
+    DecoderSpec,
+    EncoderSpec,
+    Generation,
+    Golden,
+    Manifest,
+    MatcherSpec,
+    Reranking,
+)
 from exports.text import TextSpec, Tokenizer
 from trainer.captioner import Captioner
-from trainer.decoding import StepModel, beam_search
+from trainer.decoding import Hypothesis, StepModel, beam_search
 from trainer.errors import ConfigError
 from trainer.graphs import export_decoder, export_encoder, join_graph
 from trainer.onnx_steps import OnnxSteps
 from trainer.photos import load_pixels
+from trainer.reranking import judged
 
 _MARGIN = 5e-3  # a golden caption must win by this much, or other processors may not agree
 
 
 class Graphs(NamedTuple):
-    """The two graphs that differ from captioner to captioner, and the names of their tensors."""
+    """The graphs that differ from captioner to captioner, and the names of their tensors."""
 
     encoder: bytes
     encoder_spec: EncoderSpec
     decoder: bytes
     decoder_spec: DecoderSpec
+    matcher: tuple[bytes, MatcherSpec] | None = None
 
     @classmethod
     def of(cls, captioner: Captioner) -> "Graphs":
@@ -42,7 +53,8 @@ class Graphs(NamedTuple):
 
     def steps(self, text: TextSpec) -> OnnxSteps:
         """Returns them ready to run."""
-        return OnnxSteps(self.encoder, self.decoder, self.encoder_spec, self.decoder_spec, text)
+        specs = self.encoder_spec, self.decoder_spec
+        return OnnxSteps(self.encoder, self.decoder, *specs, text, *(self.matcher or ()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,7 @@ class Content:
         generation: the defaults.
         card: MODEL_CARD.md.
         metrics: and `provenance`: see `Manifest`.
+        reranking: with a matcher, how it weighs.
     """
 
     name: str
@@ -71,6 +84,7 @@ class Content:
     card: str
     metrics: dict[str, JsonValue]
     provenance: dict[str, Any]
+    reranking: Reranking | None = None
 
     def write(self, target: Path, golden: Sequence[Path]) -> None:
         """Writes the bundle to the folder `target`.
@@ -94,6 +108,11 @@ class Content:
             "MODEL_CARD.md": self.card.encode(),
             **pictures,
         }
+        matcher = None
+        if graphs.matcher and self.reranking:
+            body, spec = graphs.matcher
+            matcher = spec.model_copy(update={"reranking": self.reranking})
+            files[matcher.file] = body
         manifest = Manifest(
             name=self.name,
             version=self.version,
@@ -104,6 +123,7 @@ class Content:
             text=captioner.text,
             encoder=graphs.encoder_spec,
             decoder=graphs.decoder_spec,
+            matcher=matcher,
             defaults=self.generation,
             golden=promises,
             metrics=self.metrics,
@@ -134,11 +154,19 @@ class Content:
                     token_ids=best.token_ids,
                     text=tokenizer.decode(best.token_ids),
                     score=round(best.score, 5),
+                    **(_matched(steps, pixels, best, text) if self.reranking else {}),
                 )
             )
         if not golden:
             raise ConfigError("golden: no picture has a clear best caption; name others")
         return tuple(golden), kept
+
+
+def _matched(
+    steps: OnnxSteps, pixels: NDArray[np.uint8], best: Hypothesis, text: TextSpec
+) -> dict[str, float]:
+    [[found]] = judged(steps, steps.encode(pixels), [[best]], text)
+    return {"match": round(found.match, 5), "similarity": round(found.similarity, 5)}
 
 
 def check_golden(paths: Sequence[Path]) -> None:

@@ -37,6 +37,7 @@ def model_card(
     figures: dict[str, Interval],
     parity: Parity,
     rounding: str,
+    matching: str,
     examples: Sequence[Example],
     captions: Sequence[str],
 ) -> str:
@@ -59,6 +60,7 @@ def model_card(
         decoding=", ".join(f"{k} {v}" for k, v in generation.model_dump().items()),
         parity=parity,
         rounding=rounding,
+        matching=f"\n\n{matching}" if matching else "",
         worst="\n".join(worst),
     )
 

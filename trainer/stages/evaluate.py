@@ -5,7 +5,7 @@ Takes a run's folder or a bundle, and captions a data set with the trainer's own
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,19 @@ from tqdm import tqdm
 
 from exports.bundle import Bundle
 from exports.images import ImageSpec
-from exports.manifest import MANIFEST_FILE, Generation
-from exports.text import Tokenizer
+from exports.manifest import MANIFEST_FILE, Generation, Reranking
+from exports.text import TextSpec, Tokenizer
 from trainer import variants
 from trainer.config import Config as BaseConfig
 from trainer.config import validate
 from trainer.data import Example, check_apart
-from trainer.decoding import Hypothesis, StepModel, TorchSteps, best_hypotheses
+from trainer.decoding import Hypothesis, TorchSteps, best_hypotheses
 from trainer.intervals import Interval, bootstrap, paired_difference
 from trainer.metrics import cider
 from trainer.neighbours import CaptionedNeighbours
 from trainer.onnx_steps import OnnxSteps
 from trainer.photos import load_all, read_captioned
+from trainer.reranking import EVIDENCE, Judged, MatchModel, judged_lists, reranked
 from trainer.run import Run
 from trainer.sheet import SheetRow, write_sheet
 
@@ -56,10 +57,13 @@ class Model:
     """A captioner ready to decode: from a run (PyTorch) or from a bundle (ONNX Runtime)."""
 
     name: str
-    steps: StepModel
+    steps: MatchModel
     tokenizer: Tokenizer
+    text: TextSpec
     image: ImageSpec
     generation: Generation
+    reranking: Reranking | None = None
+    """With a matcher, how it weighs."""
 
     @classmethod
     def open(cls, path: Path) -> "Model":
@@ -70,23 +74,35 @@ class Model:
         """
         if (path / MANIFEST_FILE).exists():
             bundle = Bundle.open(path)
-            manifest = bundle.manifest
+            manifest, matcher = bundle.manifest, bundle.manifest.matcher
             steps = OnnxSteps(
                 bundle.read(manifest.encoder.file),
                 bundle.read(manifest.decoder.file),
                 manifest.encoder,
                 manifest.decoder,
                 manifest.text,
+                bundle.read(matcher.file) if matcher else None,
+                matcher,
             )
-            name = f"{manifest.name}@{manifest.version}"
-            return cls(name, steps, bundle.tokenizer(), manifest.image, manifest.defaults)
+            return cls(
+                f"{manifest.name}@{manifest.version}",
+                steps,
+                bundle.tokenizer(),
+                manifest.text,
+                manifest.image,
+                manifest.defaults,
+                matcher.reranking if matcher else None,
+            )
         run = Run(path)
+        captioner = run.captioner()
         return cls(
             path.name,
-            TorchSteps(run.captioner()),
+            TorchSteps(captioner),
             run.tokenizer,
+            run.text,
             run.recipe.image,
             run.recipe.generation,
+            captioner.matcher.reranking if captioner.matcher else None,
         )
 
 
@@ -98,13 +114,31 @@ def run(config: Config, out_dir: Path) -> None:
     examples = read_captioned(config.data, config.images, config.split)
     others = _others(config, examples)
     pixels = load_all(examples, model.image)
-    found = best_hypotheses(model.steps, pixels, generation, batch_size=config.batch_size)
+    lists: list[list[Judged]] = []
+    if model.reranking:
+        lists = judged_lists(
+            model.steps, pixels, generation, model.text, batch_size=config.batch_size
+        )
+        found = [own[0].hypothesis for own in lists]
+    else:
+        found = best_hypotheses(model.steps, pixels, generation, batch_size=config.batch_size)
     captions = [model.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
     references = [example.captions for example in examples]
     figures = score_all(references, captions)
-    report = {"model": model.name, "images": len(examples), "figures": as_json(figures)}
+    report: dict[str, Any] = {
+        "model": model.name,
+        "images": len(examples),
+        "figures": as_json(figures),
+    }
     print(f"\n{model.name} on {config.data.name}, {len(examples)} images, {_words(generation)}")
     _print(figures)
+    if model.reranking:
+        decode = model.tokenizer.decode
+        arms = rerank_figures(lists, model.reranking, references, decode)
+        report["rerank"] = {name: arm.as_json() for name, arm in arms.items()}
+        for name, arm in arms.items():
+            print(f"\nreranked by {name}, the search weighing {arm.weight:g}, minus the above")
+            _print(arm.gain)
     if others:
         copied = _copied_captions(model, pixels, others)
         baseline, gain = score_all(references, copied), differences_of(references, captions, copied)
@@ -167,6 +201,53 @@ def differences_of(
     for name in ("cider", "bleu", "rouge"):
         score = variants.load("metrics", name).score
         found |= paired_difference(score(references, captions), score(references, others))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class RerankFigures:
+    """What reranking by one kind of evidence comes to.
+
+    Attributes:
+        weight: of the search's own score, 1 being the search alone.
+        figures: of the reranked captions.
+        gain: their difference from the captions that the search alone puts first.
+        changed: images whose caption is another.
+    """
+
+    weight: float
+    figures: dict[str, Interval]
+    gain: dict[str, Interval]
+    changed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the fields by name."""
+        return {
+            "weight": self.weight,
+            "figures": as_json(self.figures),
+            "gain": as_json(self.gain),
+            "changed": self.changed,
+        }
+
+
+def rerank_figures(
+    lists: Sequence[Sequence[Judged]],
+    reranking: Reranking,
+    references: Sequence[Sequence[str]],
+    decode: Callable[[Sequence[int]], str],
+) -> dict[str, RerankFigures]:
+    """Returns, by evidence, the figures of reranked captions against the search's own first."""
+    plain = [decode(own[0].hypothesis.token_ids) for own in lists]
+    found: dict[str, RerankFigures] = {}
+    for evidence in EVIDENCE:
+        best = reranked(lists, reranking, evidence)
+        captions = [decode(hypothesis.token_ids) for hypothesis in best]
+        found[evidence] = RerankFigures(
+            reranking.weight(evidence),
+            score_all(references, captions),
+            differences_of(references, captions, plain),
+            sum(one != other for one, other in zip(captions, plain, strict=True)),
+        )
     return found
 
 

@@ -20,6 +20,7 @@ from trainer.compression import round_weights
 from trainer.config import Config as BaseConfig
 from trainer.decoding import StepModel, TorchSteps, best_hypotheses
 from trainer.errors import ConfigError, ParityError
+from trainer.graphs import export_matcher
 from trainer.intervals import Interval
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import compare
@@ -29,6 +30,7 @@ from trainer.quantise_encoder import quantise_encoder
 from trainer.run import Run
 from trainer.stages._bundle import Content, Graphs, check_free, check_golden
 from trainer.stages._card import Card, model_card, provenance
+from trainer.stages._reranking import settle
 from trainer.stages.evaluate import as_json, differences_of, score_all
 
 _ROUNDED = (
@@ -101,6 +103,13 @@ def run(config: Config, out_dir: Path) -> None:
         rounding, difference = _ROUNDED.format(_alike(unrounded, captions[: len(shown)])), None
     print(rounding)
     figures = score_all(references, captions)
+    matching = None
+    if captioner.matcher:
+        # It computes in floats whatever the others do, so its weights are rounded in any case.
+        graphs = graphs._replace(matcher=export_matcher(round_weights(captioner)))
+        steps = graphs.steps(source.text)
+        matching = settle(captioner, steps, pixels, references, source, int8=bool(config.int8))
+        print(matching.words)
     metrics: dict[str, JsonValue] = {
         "data": config.data.name,
         "images": len(examples),
@@ -108,6 +117,10 @@ def run(config: Config, out_dir: Path) -> None:
     }
     if difference is not None:
         metrics["int8 - float32"] = as_json(difference)
+    proofs = provenance(source, config.blend, parity)
+    if matching:
+        metrics["rerank"] = {name: arm.as_json() for name, arm in matching.arms.items()}
+        proofs |= {"match_parity": matching.parity}
     Content(
         name=config.name,
         version=config.version,
@@ -125,11 +138,13 @@ def run(config: Config, out_dir: Path) -> None:
             figures=figures,
             parity=parity,
             rounding=rounding,
+            matching=matching.words if matching else "",
             examples=examples,
             captions=captions,
         ),
         metrics=metrics,
-        provenance=provenance(source, config.blend, parity),
+        provenance=proofs,
+        reranking=matching.reranking if matching else None,
     ).write(target, config.golden)
     print(f"publish it with: python -m exports publish {target}")
 
@@ -145,7 +160,8 @@ def _quantised(config: Int8, graphs: Graphs, steps: OnnxSteps, source: Run) -> G
     print(f"quantising by the activations on {len(pixels)} images ...")
     decoder = quantise_decoder(graphs.decoder, steps, pixels, source.recipe.generation)
     batches = (pixels[start : start + 8] for start in range(0, len(pixels), 8))
-    encoder = quantise_encoder(graphs.encoder, batches)
+    embeddings = set(graphs.encoder_spec.outputs).difference(graphs.decoder_spec.memory)
+    encoder = quantise_encoder(graphs.encoder, batches, floats=embeddings)
     return graphs._replace(encoder=encoder, decoder=decoder)
 
 
