@@ -65,6 +65,11 @@ class Captioner(nn.Module):
         memory: Memory = self.decoder.memory(self.encode(images))
         return memory
 
+    def memory_and_pooled(self, images: Tensor) -> tuple[Memory, Tensor]:
+        """Returns `memory(images)` and the encoder's pooled (B, D), from one pass of it."""
+        image_tokens, pooled = self.encoder(images)
+        return self.decoder.memory(self.bridge(image_tokens)), pooled
+
     def forward(self, images: Tensor, token_ids: Tensor) -> Tensor:
         """Returns logits (B * C, T, V).
 

@@ -1,7 +1,7 @@
 """`python -m trainer finetune RECIPE`: a captioner from images and their captions."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +9,19 @@ import torch
 
 from exports.text import TextSpec, Tokenizer
 from trainer import variants
-from trainer.captioner import Captioner
 from trainer.data import Example, check_apart
-from trainer.dataset import CaptionDataset
+from trainer.dataset import CaptionDataset, EpochSampler
 from trainer.decoding import TorchSteps, best_hypotheses
 from trainer.errors import ConfigError
 from trainer.loop import TrainingLoop
 from trainer.metrics import bleu, cider, distinct
+from trainer.objectives._captioning import CaptioningObjective
 from trainer.photos import load_all, read_captioned
+from trainer.retrieval import Pairs, Reader, measure
 from trainer.run import Recipe as Config
 from trainer.run import Run, build_captioner, claimed, run_tokenizer
 from trainer.splits import split_examples
-from trainer.transforms import Transform
+from trainer.transforms import Augment, Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
 _CHANGEABLE: Any = {
@@ -58,14 +59,21 @@ def _train(config: Config, out_dir: Path) -> None:
         transform=Transform(config.augment, size),
         seed=config.seed,
     )
+    objective = module.Objective(objective_config, captioner, dataset)
+    if config.loop.accumulate > 1 and not objective.divisible:
+        raise ConfigError(
+            f"loop.accumulate = {config.loop.accumulate}, but {config.objective['name']!r} "
+            "compares the images of a batch with each other: leave it out, and take as large a "
+            "loop.batch_size as memory holds"
+        )
     TrainingLoop(
-        module.Objective(objective_config, captioner, dataset),
+        objective,
         dataset,
         config=config.loop,
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=_evaluation(config, captioner, tokenizer, held_out) if held_out else None,
+        evaluate=_Evaluation(config, objective, tokenizer, held_out) if held_out else None,
     ).run()
 
 
@@ -100,21 +108,73 @@ def _tokenizer(
     )
 
 
-def _evaluation(
-    config: Config, captioner: Captioner, tokenizer: Tokenizer, held_out: Sequence[Example]
-) -> Callable[[int], dict[str, float]]:
-    """Returns what the loop calls after an epoch: CIDEr-D of a fixed sample of `held_out`."""
-    count = min(config.data.dev_images, len(held_out))
-    examples = random.Random(config.seed).sample(held_out, count)
-    pixels = load_all(examples, config.image)
-    references = [example.captions for example in examples]
+class _Evaluation:
+    """What the loop measures after an epoch, on a fixed sample of `held_out`.
 
-    def evaluate(epoch: int) -> dict[str, float]:
+    CIDEr-D, BLEU and the share of distinct captions for objectives that teach to caption; for
+    others their own figures. Where there is a matcher, how well it knows what belongs together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        objective: CaptioningObjective,
+        tokenizer: Tokenizer,
+        held_out: Sequence[Example],
+    ) -> None:
+        self._config, self._objective, self._tokenizer = config, objective, tokenizer
+        count = min(config.data.dev_images, len(held_out))
+        self._examples = random.Random(config.seed).sample(held_out, count)
+        self._pixels = load_all(self._examples, config.image)
+        self._captions = [example.captions for example in self._examples]
+
+    def __call__(self, epoch: int) -> dict[str, float]:
+        """Returns the figures by name."""
         del epoch
-        steps = TorchSteps(captioner)
-        best = best_hypotheses(steps, pixels, config.generation, progress=False)
-        captions = [tokenizer.decode(hypothesis.token_ids) for hypothesis in best]
-        figures = [m.score(references, captions).corpus for m in (cider, bleu, distinct)]
-        return {f"dev/{name}": value for part in figures for name, value in part.items()}
+        figures = self._of_captions() if self._objective.captions else self._of_objective()
+        captioner = self._objective.captioner
+        if captioner.matcher is not None:
+            reader = Reader(captioner, self._tokenizer)
+            for scores in measure(reader, Pairs(self._pixels, self._captions)):
+                figures |= scores.corpus
+        return {f"dev/{name}": value for name, value in figures.items()}
 
-    return evaluate
+    def _of_captions(self) -> dict[str, float]:
+        prompt = self._objective.prompt_ids
+        best = best_hypotheses(
+            TorchSteps(self._objective.captioner),
+            self._pixels,
+            self._config.generation,
+            prefix=prompt,
+            progress=False,
+        )
+        captions = [self._tokenizer.decode(one.token_ids[len(prompt) :]) for one in best]
+        found: dict[str, float] = {}
+        for metric in (cider, bleu, distinct):
+            found |= metric.score(self._captions, captions).corpus
+        return found
+
+    @torch.no_grad()
+    def _of_objective(self) -> dict[str, float]:
+        """Returns the mean of what the objective says of held-out batches."""
+        config, captioner = self._config, self._objective.captioner
+        dataset = CaptionDataset(
+            self._examples,
+            self._pixels,
+            self._tokenizer,
+            captioner.text,
+            captions=config.data.captions_per_image,
+            transform=Transform(Augment(), (config.image.height, config.image.width)),
+            seed=config.seed,
+        )
+        device = next(captioner.parameters()).device
+        rows: list[dict[str, float]] = []
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            for keys in EpochSampler(
+                len(dataset), config.loop.batch_size, seed=config.seed, epoch=0
+            ):
+                batch = dataset.collate([dataset[key] for key in keys])
+                losses = self._objective({k: value.to(device) for k, value in batch.items()})
+                rows.append({name: value.item() for name, value in losses.items()})
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
