@@ -1,6 +1,7 @@
 """`python -m trainer evaluate RECIPE`: figures with intervals, and a contact sheet.
 
-Takes a run's folder or a bundle, and captions a data set with the trainer's own beam search.
+Takes a run's folder or a bundle, and captions a data set with the trainer's own beam search. Where
+a run has a matcher, retrieval and the AUC of matching are measured too.
 """
 
 import json
@@ -29,6 +30,7 @@ from trainer.metrics import cider
 from trainer.neighbours import CaptionedNeighbours
 from trainer.onnx_steps import OnnxSteps
 from trainer.photos import load_all, read_captioned
+from trainer.retrieval import Pairs, Reader, measure
 from trainer.run import Run
 from trainer.sheet import SheetRow, write_sheet
 
@@ -60,6 +62,10 @@ class Model:
     tokenizer: Tokenizer
     image: ImageSpec
     generation: Generation
+    prompt_ids: tuple[int, ...] = ()
+    """What every caption begins with; not a part of it."""
+    reader: Reader | None = None
+    """Of a run with a matcher."""
 
     @classmethod
     def open(cls, path: Path) -> "Model":
@@ -81,12 +87,15 @@ class Model:
             name = f"{manifest.name}@{manifest.version}"
             return cls(name, steps, bundle.tokenizer(), manifest.image, manifest.defaults)
         run = Run(path)
+        captioner = run.captioner()
         return cls(
             path.name,
-            TorchSteps(run.captioner()),
+            TorchSteps(captioner),
             run.tokenizer,
             run.recipe.image,
             run.recipe.generation,
+            run.prompt_ids,
+            None if captioner.matcher is None else Reader(captioner, run.tokenizer),
         )
 
 
@@ -98,13 +107,21 @@ def run(config: Config, out_dir: Path) -> None:
     examples = read_captioned(config.data, config.images, config.split)
     others = _others(config, examples)
     pixels = load_all(examples, model.image)
-    found = best_hypotheses(model.steps, pixels, generation, batch_size=config.batch_size)
-    captions = [model.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
+    prompt = model.prompt_ids
+    found = best_hypotheses(
+        model.steps, pixels, generation, prefix=prompt, batch_size=config.batch_size
+    )
+    captions = [model.tokenizer.decode(one.token_ids[len(prompt) :]) for one in found]
     references = [example.captions for example in examples]
     figures = score_all(references, captions)
     report = {"model": model.name, "images": len(examples), "figures": as_json(figures)}
     print(f"\n{model.name} on {config.data.name}, {len(examples)} images, {_words(generation)}")
     _print(figures)
+    if model.reader is not None:
+        matching = _matching(model.reader, pixels, references)
+        report |= {"matching": as_json(matching)}
+        print("\nmatching of captions and images")
+        _print(matching)
     if others:
         copied = _copied_captions(model, pixels, others)
         baseline, gain = score_all(references, copied), differences_of(references, captions, copied)
@@ -126,6 +143,16 @@ def run(config: Config, out_dir: Path) -> None:
     title = f"{model.name} on {config.data.name}"
     write_sheet(out_dir / "sheet.html", rows, title, figures, limit=config.sheet_images)
     print(f"\nwrote {out_dir}/figures.json, captions.jsonl and sheet.html")
+
+
+def _matching(
+    reader: Reader, pixels: NDArray[np.uint8], references: Sequence[Sequence[str]]
+) -> dict[str, Interval]:
+    """Returns how well captions and images are told to belong together (`trainer.retrieval`)."""
+    figures: dict[str, Interval] = {}
+    for scores in measure(reader, Pairs(pixels, references)):
+        figures |= bootstrap(scores)
+    return figures
 
 
 def _others(config: Config, examples: Sequence[Example]) -> list[Example]:
@@ -215,4 +242,4 @@ def _words(generation: Generation) -> str:
 
 def _print(figures: dict[str, Interval]) -> None:
     for name, interval in figures.items():
-        print(f"  {name:10s} {interval}")
+        print(f"  {name:15s} {interval}")
