@@ -1,5 +1,6 @@
 """What all objectives on pairs keep to: they learn, go on after a crash, and say what they need."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from trainer.checkpoint import load_checkpoint
 from trainer.errors import ConfigError
 from trainer.loop import TrainingLoop
 from trainer.run import Recipe, Run
-from trainer.stages import finetune
+from trainer.stages import evaluate, finetune
 
 ON_PAIRS = ["blip", "itc", "itm", "mlm"]
 PARTS = {"blip": ("itc", "itm", "lm")}
@@ -102,10 +103,21 @@ def test_runs_without_captions_are_measured_by_what_they_learn(shapes, tmp_path:
     assert {"dev/loss", "dev/TR R@1", "dev/IR median", "dev/ITM AUC swapped"} <= figures.keys()
     assert "dev/CIDEr-D" not in figures
     start = {"start": tmp_path / "itc", "loop": {"epochs": 1, "autocast": "bf16"}}
-    finetune.run(pairs_recipe(shapes, "blip", data=dev, **start), tmp_path / "blip")
+    table = pairs_recipe(shapes, "blip", data=dev, **start)
+    prompted = table.model_copy(update={"objective": {"name": "blip", "prompt": "there is"}})
+    finetune.run(prompted, tmp_path / "blip")
     figures = log(tmp_path / "blip")[-1]
     assert {"dev/CIDEr-D", "dev/TR R@1", "dev/ITM AUC"} <= figures.keys()
     assert "dev/loss" not in figures
+    config = evaluate.Config(model=tmp_path / "blip", data=shapes / "captions_dev.json")
+    evaluate.run(config, tmp_path / "evaluation")
+    report = json.loads((tmp_path / "evaluation/figures.json").read_text())
+    value, low, high = report["matching"]["IR R@10"]
+    assert low <= value <= high
+    assert report["figures"]["CIDEr-D"][0] == pytest.approx(figures["dev/CIDEr-D"], abs=1e-3)
+    rows = (tmp_path / "evaluation/captions.jsonl").read_text().splitlines()
+    prompt = list(Run(tmp_path / "blip").prompt_ids)
+    assert prompt and all(json.loads(row)["token_ids"][: len(prompt)] == prompt for row in rows)
 
 
 def test_batches_that_are_compared_are_not_accumulated(shapes, tmp_path: Path) -> None:
