@@ -72,8 +72,8 @@ class Captioner(nn.Module):
 
         That is the memory, each (B, ...), and with a matcher `image_embedding` (B, E).
         """
-        image_tokens, pooled = self.encoder(images)
-        named: dict[str, Tensor] = self.decoder.memory(self.bridge(image_tokens)).named()
+        memory, pooled = self.memory_and_pooled(images)
+        named = memory.named()
         if self.matcher is not None:
             named[IMAGE_EMBEDDING] = self.matcher.embed_images(pooled)
         return named
@@ -98,6 +98,11 @@ class Captioner(nn.Module):
         captions = self.matcher.embed_captions(self.decoder, token_ids, lengths)
         similarity = (captions * own[IMAGE_EMBEDDING]).sum(1)
         return logits.softmax(1)[:, 1], similarity
+
+    def memory_and_pooled(self, images: Tensor) -> tuple[Memory, Tensor]:
+        """Returns `memory(images)` and the encoder's pooled (B, D), from one pass of it."""
+        image_tokens, pooled = self.encoder(images)
+        return self.decoder.memory(self.bridge(image_tokens)), pooled
 
     def forward(self, images: Tensor, token_ids: Tensor) -> Tensor:
         """Returns logits (B * C, T, V).

@@ -66,7 +66,7 @@ class CaptionDataset(TrainingData):
         seed: int,
     ) -> None:
         self.examples, self.tokenizer = examples, tokenizer
-        self._images, self._captions = images, captions
+        self._images, self.captions = images, captions
         self._transform, self._seed = transform, seed
         longest = text.max_length - 2
         self._token_ids = [
@@ -83,8 +83,8 @@ class CaptionDataset(TrainingData):
         epoch, index = key
         draw = random.Random(f"{self._seed}-{epoch}-{index}")
         own = self._token_ids[index]
-        drawn = draw.sample(own, k=min(self._captions, len(own)))
-        drawn += draw.choices(own, k=self._captions - len(drawn))
+        drawn = draw.sample(own, k=min(self.captions, len(own)))
+        drawn += draw.choices(own, k=self.captions - len(drawn))
         image = torch.from_numpy(self._images[index]).permute(2, 0, 1)
         view = self._transform(image, draw.getrandbits(62), flip=self._flips[index])
         return {"image": view, "token_ids": drawn, "index": index}

@@ -117,7 +117,13 @@ class TorchSteps:
 
 @torch.no_grad()
 def sample(
-    captioner: Captioner, memory: Memory, captions: int, *, max_new_tokens: int
+    captioner: Captioner,
+    memory: Memory,
+    captions: int,
+    *,
+    max_new_tokens: int,
+    top_p: float = 1.0,
+    prefix: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Returns captions drawn from the model, and their lengths.
 
@@ -127,7 +133,10 @@ def sample(
         captioner: in evaluation mode.
         memory: of the B images.
         captions: C, drawn for each image.
-        max_new_tokens: where a caption is cut, `<eos>` included.
+        max_new_tokens: where a caption is cut, `<eos>` included and the prefix not.
+        top_p: tokens are drawn from the fewest that have this much probability together: nucleus
+            sampling (Holtzman et al., 2019, https://arxiv.org/abs/1904.09751).
+        prefix: ids that every caption begins with.
 
     Returns:
         token_ids (B * C, T), `<bos>` ... `<eos>` and padding, the captions of an image together;
@@ -137,12 +146,16 @@ def sample(
     rows = memory.images * captions
     past = [empty.to(device) for empty in captioner.empty_cache(rows)]
     columns = [torch.full((rows,), text.bos_id, device=device)]
-    last = min(max_new_tokens, text.max_length - 1)
+    last = min(len(prefix) + max_new_tokens, text.max_length - 1)
     lengths = torch.full((rows,), last + 1, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for position in range(last):
         logits, past = captioner.step(columns[-1], position, past, memory)
-        drawn = torch.multinomial(logits.float().softmax(-1), 1).squeeze(1)
+        if position < len(prefix):
+            columns.append(torch.full_like(columns[0], prefix[position]))
+            continue
+        weights = nucleus(logits.float().softmax(-1), top_p)
+        drawn = torch.multinomial(weights, 1).squeeze(1)
         columns.append(drawn.masked_fill(ended, text.pad_id))
         ends = (drawn == text.eos_id) & ~ended
         lengths[ends] = position + 2
@@ -150,6 +163,16 @@ def sample(
         if bool(ended.all()):
             break
     return torch.stack(columns, 1), lengths
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Returns probabilities (R, V) with 0 for all but the likeliest that come to `top_p`."""
+    if top_p >= 1:
+        return probabilities
+    ordered, ids = probabilities.sort(dim=1, descending=True, stable=True)
+    before = ordered.cumsum(1) - ordered
+    kept = ordered.masked_fill(before >= top_p, 0.0)
+    return torch.zeros_like(probabilities).scatter(1, ids, kept)
 
 
 @dataclass(slots=True)
@@ -212,6 +235,7 @@ def best_hypotheses(
     images: NDArray[np.uint8],
     generation: Generation,
     *,
+    prefix: Sequence[int] = (),
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[Hypothesis]:
@@ -219,7 +243,7 @@ def best_hypotheses(
     best: list[Hypothesis] = []
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, desc="captioning", disable=None if progress else True):
-        found = beam_search(model, images[start : start + batch_size], generation)
+        found = beam_search(model, images[start : start + batch_size], generation, prefix)
         best += [hypotheses[0] for hypotheses in found]
     return best
 

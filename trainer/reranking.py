@@ -69,14 +69,18 @@ def judged_lists(
     generation: Generation,
     text: TextSpec,
     *,
+    prefix: Sequence[int] = (),
     batch_size: int = 32,
 ) -> list[list[Judged]]:
-    """Returns all that a search finds for each of images (n, H, W, 3), its best first."""
+    """Returns all that a search finds for each of images (n, H, W, 3), its best first.
+
+    `prefix` is what every caption begins with.
+    """
     wide = generation.model_copy(update={"num_captions": generation.num_beams})
     lists = []
     for start in tqdm(range(0, len(images), batch_size), desc="captioning", disable=None):
         batch = images[start : start + batch_size]
-        found = beam_search(model, batch, wide)
+        found = beam_search(model, batch, wide, prefix)
         lists += judged(model, model.encode(batch), found, text)
     return lists
 

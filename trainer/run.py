@@ -127,7 +127,9 @@ class PretrainRecipe(Config):
 
 
 @contextmanager
-def claimed(config: Config, folder: Path, *, changeable: Any) -> Iterator[None]:
+def claimed(
+    config: Config, folder: Path, *, changeable: Any, state: str = CHECKPOINT
+) -> Iterator[None]:
     """Holds a run's folder for this process, and writes the recipe there.
 
     Args:
@@ -135,6 +137,7 @@ def claimed(config: Config, folder: Path, *, changeable: Any) -> Iterator[None]:
         folder: of the run; made if absent.
         changeable: keys that may differ from those that the run there was begun with: what is
             learnt is the same. As pydantic's `exclude`.
+        state: the file that a run goes on from, in its folder or in one of those below.
 
     Raises:
         CheckpointError: another process trains there, or the run there is of another recipe.
@@ -146,17 +149,17 @@ def claimed(config: Config, folder: Path, *, changeable: Any) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            _claim(config, folder, changeable)
+            _claim(config, folder, changeable, state)
             barrier()
             yield
     except Timeout as error:
         raise CheckpointError(f"{folder}: another process is training there") from error
 
 
-def _claim(config: Config, folder: Path, changeable: Any) -> None:
+def _claim(config: Config, folder: Path, changeable: Any, state: str) -> None:
     path = folder / "recipe.json"
     # What a method trains first has a checkpoint in a folder of its own.
-    saved = (folder / CHECKPOINT).exists() or any(folder.glob(f"*/{CHECKPOINT}"))
+    saved = (folder / state).exists() or any(folder.glob(f"*/{state}"))
     if saved and path.exists():
         begun = validate(type(config), json.loads(path.read_text(encoding="utf-8")), str(path))
         old, new = (one.model_dump(mode="json", exclude=changeable) for one in (begun, config))
@@ -265,6 +268,11 @@ class Run:
         )
         self.load_into(captioner)
         return captioner.eval()
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """What each caption of this run begins with, and is to be asked for with."""
+        return tuple(self.tokenizer.prefix_ids(self.recipe.objective.get("prompt", "")))
 
     def load_into(self, captioner: Captioner) -> None:
         """Gives the trained weights to a captioner of the same architecture."""

@@ -4,12 +4,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from histories import scripted
 
 from exports.manifest import Generation
 from serving.beam import beam_search as serving_beam_search
 from serving.group import BeamParams
-from trainer.decoding import beam_search
+from trainer.decoding import beam_search, nucleus, sample
 
 BOS, EOS = 0, 1
 
@@ -117,3 +118,28 @@ def test_serving_finds_the_same_token_for_token(seed: int) -> None:
     for first, second in zip(ours, theirs, strict=True):
         assert [h.token_ids for h in first] == [h.token_ids for h in second]
         assert [h.score for h in first] == pytest.approx([h.score for h in second], abs=1e-6)
+
+
+def test_the_nucleus_is_the_fewest_tokens_that_reach_p() -> None:
+    probabilities = torch.tensor([[0.1, 0.5, 0.05, 0.35], [0.96, 0.02, 0.01, 0.01]])
+    found = nucleus(probabilities, 0.9)
+    assert torch.equal(found, torch.tensor([[0.1, 0.5, 0.0, 0.35], [0.96, 0.0, 0.0, 0.0]]))
+    assert torch.equal(nucleus(probabilities, 1.0), probabilities)
+
+
+def test_samples_stay_in_the_nucleus_and_follow_their_prefix(make_captioner) -> None:
+    captioner = make_captioner()
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        memory = captioner.memory(images)
+        token_ids, lengths = sample(
+            captioner, memory, 50, max_new_tokens=3, top_p=0.5, prefix=(7, 9)
+        )
+        logits = captioner(images, token_ids[:, :-1])
+    assert token_ids.shape == (100, 6) and (token_ids[:, 1:3] == torch.tensor([7, 9])).all()
+    allowed = nucleus(logits.flatten(0, 1).softmax(-1), 0.5).view_as(logits) > 0
+    for row, length in enumerate(lengths.tolist()):
+        for place in range(3, length):
+            assert allowed[row, place - 1, token_ids[row, place]]
+    assert len(token_ids[:50, 3].unique()) < 20  # of 40

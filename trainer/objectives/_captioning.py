@@ -1,6 +1,6 @@
 """What the objectives on captioners share: their base, labels, and the cross-entropy."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,10 +30,20 @@ class CaptioningObjective(Objective):
 
     Batches of tens of images are too few to re-estimate BatchNorm, and statistics that move make
     training and serving differ; so the encoder is always in evaluation mode.
+
+    Attributes:
+        captions: Whether it teaches to caption. Runs of others are not measured by their captions.
+        divisible: Whether the loss of a batch is the mean of its parts' losses, so that batches may
+            be accumulated. Losses that compare the images of a batch are not.
+        prompt_ids: What each caption is made to begin with, and is given when one is asked for.
     """
+
+    captions: ClassVar[bool] = True
+    divisible: ClassVar[bool] = True
 
     def __init__(self, config: CaptioningConfig, captioner: Captioner) -> None:
         super().__init__()
+        self.prompt_ids: tuple[int, ...] = ()
         self.captioner = captioner
         self._encoder_from = config.encoder_from_epoch
         freeze_prefixes(captioner, config.frozen)
@@ -60,7 +70,12 @@ def labels_of(token_ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    captioner: Captioner, memory: Memory, batch: dict[str, Any], label_smoothing: float
+    captioner: Captioner,
+    memory: Memory,
+    batch: dict[str, Any],
+    label_smoothing: float,
+    *,
+    prompt: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Returns the teacher-forced cross-entropy and the share of tokens ranked first.
 
@@ -70,10 +85,12 @@ def cross_entropy(
         batch: `token_ids` (B * C, T), `<bos>` ... `<eos>` and padding; `lengths` (B * C,), tokens
             without padding.
         label_smoothing: probability spread over the vocabulary.
+        prompt: how many tokens after `<bos>` are given and not to be learnt.
     """
     token_ids = batch["token_ids"]
     logits = captioner.decoder(token_ids[:, :-1], memory).float()
     labels = labels_of(token_ids, batch["lengths"])
+    labels[:, :prompt] = IGNORE_INDEX
     loss = F.cross_entropy(
         logits.flatten(0, 1),
         labels.flatten(),

@@ -1,6 +1,7 @@
 """`python -m trainer evaluate RECIPE`: figures with intervals, and a contact sheet.
 
-Takes a run's folder or a bundle, and captions a data set with the trainer's own beam search.
+Takes a run's folder or a bundle, and captions a data set with the trainer's own beam search. Where
+a run has a matcher, retrieval and the AUC of matching are measured too.
 """
 
 import json
@@ -30,6 +31,7 @@ from trainer.neighbours import CaptionedNeighbours
 from trainer.onnx_steps import OnnxSteps
 from trainer.photos import load_all, read_captioned
 from trainer.reranking import EVIDENCE, Judged, MatchModel, judged_lists, reranked
+from trainer.retrieval import Pairs, Reader, measure
 from trainer.run import Run
 from trainer.sheet import SheetRow, write_sheet
 
@@ -64,6 +66,10 @@ class Model:
     generation: Generation
     reranking: Reranking | None = None
     """With a matcher, how it weighs."""
+    prompt_ids: tuple[int, ...] = ()
+    """What every caption begins with; not a part of it."""
+    reader: Reader | None = None
+    """Of a run with a matcher."""
 
     @classmethod
     def open(cls, path: Path) -> "Model":
@@ -103,6 +109,8 @@ class Model:
             run.recipe.image,
             run.recipe.generation,
             captioner.matcher.reranking if captioner.matcher else None,
+            run.prompt_ids,
+            None if captioner.matcher is None else Reader(captioner, run.tokenizer),
         )
 
 
@@ -114,15 +122,27 @@ def run(config: Config, out_dir: Path) -> None:
     examples = read_captioned(config.data, config.images, config.split)
     others = _others(config, examples)
     pixels = load_all(examples, model.image)
+    prompt = model.prompt_ids
     lists: list[list[Judged]] = []
     if model.reranking:
         lists = judged_lists(
-            model.steps, pixels, generation, model.text, batch_size=config.batch_size
+            model.steps,
+            pixels,
+            generation,
+            model.text,
+            prefix=prompt,
+            batch_size=config.batch_size,
         )
         found = [own[0].hypothesis for own in lists]
     else:
-        found = best_hypotheses(model.steps, pixels, generation, batch_size=config.batch_size)
-    captions = [model.tokenizer.decode(hypothesis.token_ids) for hypothesis in found]
+        found = best_hypotheses(
+            model.steps, pixels, generation, prefix=prompt, batch_size=config.batch_size
+        )
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return model.tokenizer.decode(token_ids[len(prompt) :])
+
+    captions = [decode(hypothesis.token_ids) for hypothesis in found]
     references = [example.captions for example in examples]
     figures = score_all(references, captions)
     report: dict[str, Any] = {
@@ -133,12 +153,16 @@ def run(config: Config, out_dir: Path) -> None:
     print(f"\n{model.name} on {config.data.name}, {len(examples)} images, {_words(generation)}")
     _print(figures)
     if model.reranking:
-        decode = model.tokenizer.decode
         arms = rerank_figures(lists, model.reranking, references, decode)
         report["rerank"] = {name: arm.as_json() for name, arm in arms.items()}
         for name, arm in arms.items():
             print(f"\nreranked by {name}, the search weighing {arm.weight:g}, minus the above")
             _print(arm.gain)
+    if model.reader is not None:
+        matching = _matching(model.reader, pixels, references)
+        report |= {"matching": as_json(matching)}
+        print("\nmatching of captions and images")
+        _print(matching)
     if others:
         copied = _copied_captions(model, pixels, others)
         baseline, gain = score_all(references, copied), differences_of(references, captions, copied)
@@ -160,6 +184,16 @@ def run(config: Config, out_dir: Path) -> None:
     title = f"{model.name} on {config.data.name}"
     write_sheet(out_dir / "sheet.html", rows, title, figures, limit=config.sheet_images)
     print(f"\nwrote {out_dir}/figures.json, captions.jsonl and sheet.html")
+
+
+def _matching(
+    reader: Reader, pixels: NDArray[np.uint8], references: Sequence[Sequence[str]]
+) -> dict[str, Interval]:
+    """Returns how well captions and images are told to belong together (`trainer.retrieval`)."""
+    figures: dict[str, Interval] = {}
+    for scores in measure(reader, Pairs(pixels, references)):
+        figures |= bootstrap(scores)
+    return figures
 
 
 def _others(config: Config, examples: Sequence[Example]) -> list[Example]:
@@ -296,4 +330,4 @@ def _words(generation: Generation) -> str:
 
 def _print(figures: dict[str, Interval]) -> None:
     for name, interval in figures.items():
-        print(f"  {name:10s} {interval}")
+        print(f"  {name:15s} {interval}")

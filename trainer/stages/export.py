@@ -76,6 +76,11 @@ class Config(BaseConfig):
 def run(config: Config, out_dir: Path) -> None:
     """Checks parity, takes the figures and writes the bundle to `out_dir`/bundle."""
     source = Run(config.run)
+    if source.prompt_ids:
+        raise ConfigError(
+            f"{config.run} was taught to caption behind objective.prompt, which a bundle does not "
+            "give; train it without one"
+        )
     target = out_dir / "bundle"
     check_free(target)
     check_golden(config.golden)

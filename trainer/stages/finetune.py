@@ -1,7 +1,5 @@
 """`python -m trainer finetune RECIPE`: a captioner from images and their captions."""
 
-import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +7,11 @@ import torch
 
 from exports.text import TextSpec, Tokenizer
 from trainer import variants
-from trainer.captioner import Captioner
 from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, check_apart
-from trainer.dataset import CaptionDataset, padded
-from trainer.decoding import TorchSteps, best_hypotheses
+from trainer.dataset import CaptionDataset
 from trainer.errors import ConfigError
-from trainer.loop import TrainingLoop, device_of
-from trainer.metrics import bleu, cider, distinct
-from trainer.objectives._captioning import cross_entropy
+from trainer.loop import TrainingLoop
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
 from trainer.run import (
@@ -30,7 +24,7 @@ from trainer.run import (
     run_tokenizer,
 )
 from trainer.splits import split_examples
-from trainer.stages._collapse import PROBE, CollapseWatch
+from trainer.stages._evaluation import Evaluation
 from trainer.transforms import Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
@@ -72,14 +66,21 @@ def _train(config: Config, out_dir: Path) -> None:
         transform=Transform(config.augment, size),
         seed=config.seed,
     )
+    objective = module.Objective(objective_config, captioner, dataset)
+    if config.loop.accumulate > 1 and not objective.divisible:
+        raise ConfigError(
+            f"loop.accumulate = {config.loop.accumulate}, but {config.objective['name']!r} "
+            "compares the images of a batch with each other: leave it out, and take as large a "
+            "loop.batch_size as memory holds"
+        )
     TrainingLoop(
-        module.Objective(objective_config, captioner, dataset),
+        objective,
         dataset,
         config=config.loop,
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=_evaluation(config, captioner, tokenizer, held_out) if held_out else None,
+        evaluate=Evaluation(config, objective, tokenizer, held_out) if held_out else None,
     ).run()
 
 
@@ -113,43 +114,3 @@ def _tokenizer(
         max_length=getattr(decoder, "max_length"),  # noqa: B009  every decoder's Config has it
         folder=out_dir,
     )
-
-
-def _evaluation(
-    config: Config, captioner: Captioner, tokenizer: Tokenizer, held_out: Sequence[Example]
-) -> Callable[[int], dict[str, float]]:
-    """Returns what the loop calls after an epoch: CIDEr-D of a fixed sample of `held_out`."""
-    count = min(config.data.dev_images, len(held_out))
-    examples = random.Random(config.seed).sample(held_out, count)
-    pixels = load_all(examples, config.image)
-    references = [example.captions for example in examples]
-
-    def cost_of_wrong_images() -> float:
-        shown = torch.from_numpy(pixels[:PROBE]).permute(0, 3, 1, 2).to(device_of(config.loop))
-        text, longest = captioner.text, captioner.text.max_length - 2
-        token_ids, lengths = padded(
-            [
-                [text.bos_id, *tokenizer.encode(example.captions[0])[:longest], text.eos_id]
-                for example in examples[:PROBE]
-            ],
-            text.pad_id,
-        )
-        batch = {"token_ids": token_ids.to(shown.device), "lengths": lengths.to(shown.device)}
-        with torch.no_grad():
-            right, wrong = (
-                cross_entropy(captioner, captioner.memory(images), batch, 0.0)[0].item()
-                for images in (shown, shown.roll(1, 0))
-            )
-        return wrong - right
-
-    watch = CollapseWatch(config.loop.epochs, cost_of_wrong_images)
-
-    def evaluate(epoch: int) -> dict[str, float]:
-        steps = TorchSteps(captioner)
-        best = best_hypotheses(steps, pixels, config.generation, progress=False)
-        captions = [tokenizer.decode(hypothesis.token_ids) for hypothesis in best]
-        watch.check(epoch, captions)
-        figures = [m.score(references, captions).corpus for m in (cider, bleu, distinct)]
-        return {f"dev/{name}": value for part in figures for name, value in part.items()}
-
-    return evaluate
