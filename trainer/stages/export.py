@@ -43,6 +43,7 @@ from trainer.quantise_decoder import quantise_decoder
 from trainer.quantise_encoder import quantise_encoder
 from trainer.run import Run
 from trainer.stages._card import Card, model_card, provenance
+from trainer.stages._few_shot import FewShot, show_examples
 from trainer.stages.evaluate import Model, as_json, differences_of, score_all
 
 _ROUNDED = (
@@ -82,6 +83,7 @@ class Config(BaseConfig):
     golden: tuple[Path, ...] = ()
     """Pictures that go into the bundle with the captions it must give; some are drawn if none are
     named. They are published: name only what may be."""
+    few_shot: FewShot | None = None
     int8: Int8 | None = None
     card: Card
 
@@ -92,13 +94,15 @@ def run(config: Config, out_dir: Path) -> None:
     if (out_dir / "bundle").exists():
         raise ConfigError(f"{out_dir / 'bundle'} exists already; choose another folder with --out")
     _check_golden(config.golden)
+    examples = read_captioned(config.data, config.images, config.split)
     trained = blended(source, config.blend)
+    if config.few_shot is not None:
+        show_examples(config.few_shot, trained, source, examples)
     # Integers are rounded from the trained weights; stored floats are what they are rounded to.
     captioner = trained if config.int8 else round_weights(deepcopy(trained))
     print("exporting the graphs ...")
     graphs = Graphs(*export_encoder(captioner), *export_decoder(captioner))
     steps = graphs.steps(source.text)
-    examples = read_captioned(config.data, config.images, config.split)
     references = [example.captions for example in examples]
     pixels = load_all(examples, source.recipe.image)
     generation = source.recipe.generation

@@ -14,7 +14,7 @@ from trainer.data import Example, check_apart
 from trainer.dataset import CaptionDataset
 from trainer.decoding import TorchSteps, best_hypotheses
 from trainer.errors import ConfigError
-from trainer.loop import TrainingLoop
+from trainer.loop import TrainingLoop, device_of
 from trainer.metrics import bleu, cider, distinct
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
@@ -58,9 +58,11 @@ def _train(config: Config, out_dir: Path) -> None:
         transform=Transform(config.augment, size),
         seed=config.seed,
     )
+    captioner.to(device_of(config.loop))
+    objective = module.Objective(objective_config, captioner, dataset)
     TrainingLoop(
-        module.Objective(objective_config, captioner, dataset),
-        dataset,
+        objective,
+        objective.data(dataset),
         config=config.loop,
         optim=config.optim,
         seed=config.seed,
