@@ -1,21 +1,14 @@
-"""Prompts: what they hide, that they may be computed once an image, and that graphs hold them."""
+"""Prompts: what they hide, that they may be computed once an image, and when there is no room."""
 
-import numpy as np
 import pytest
 import torch
-from few_shots import LATENTS, LLAMA, SHOT_TOKENS, SHOTS, captions, gated_captioner, pictures
+from few_shots import LLAMA, SHOT_TOKENS, SHOTS, captions, gated_captioner, pictures
 from tiny_captioner import GPT2, TEXT
 
-from exports.manifest import Generation
-from trainer.compression import round_weights
-from trainer.decoding import TorchSteps
 from trainer.errors import ConfigError
 from trainer.features import nearest_others
 from trainer.few_shot import ShotIndex, hide_padding, own_image
-from trainer.graphs import export_decoder, export_encoder
 from trainer.objectives.flamingo import interleaved_logits
-from trainer.onnx_steps import OnnxSteps
-from trainer.parity import compare
 
 LABELLED = pictures(9, seed=1)
 CAPTIONS = captions(9, SHOT_TOKENS, seed=1)
@@ -115,20 +108,3 @@ def test_room_and_images_are_asked_for() -> None:
         message = f"{shots} examples .* room for {room} .* {labelled} labelled images"
         with pytest.raises(ConfigError, match=message):
             captioner.show_examples(pixels[:labelled], CAPTIONS[:labelled], shots=shots)
-
-
-def test_the_encoder_graph_holds_the_examples() -> None:
-    captioner = round_weights(with_examples(LLAMA))
-    encoder, encoder_spec = export_encoder(captioner)
-    decoder, decoder_spec = export_decoder(captioner)
-    steps = OnnxSteps(encoder, decoder, encoder_spec, decoder_spec, TEXT)
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 32, 48, 3), np.uint8)
-    pixels[:4] = LABELLED[:4].permute(0, 2, 3, 1).numpy()
-    memory, expected = steps.encode(pixels), TorchSteps(captioner).encode(pixels)
-    assert memory["prefix_visible"].shape == (16, 1, 1, SHOTS * SHOT_TOKENS)
-    assert memory["memory_k.0"].shape == (16, 2, LATENTS, 16)
-    assert memory.keys() == expected.keys()
-    for name, value in memory.items():
-        np.testing.assert_allclose(value, expected[name], atol=1e-4, rtol=1e-4)
-    parity = compare(TorchSteps(captioner), steps, pixels, Generation(num_beams=3)).check()
-    assert parity.largest_log_prob_difference < 1e-3

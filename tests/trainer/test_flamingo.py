@@ -14,6 +14,7 @@ from trainer.optim import Optim, build_optimizer
 from trainer.stages import finetune
 
 END = SHOTS * SHOT_TOKENS
+STEPS = 150
 
 
 @pytest.fixture
@@ -129,6 +130,35 @@ def test_padding_changes_nothing(batch) -> None:
         first = objective(batch)["loss"]
         second = objective({**batch, "shot_token_ids": filled, "token_ids": wider})["loss"]
     torch.testing.assert_close(first, second)
+
+
+def test_it_learns_sixteen_pairs_by_heart_and_looks_at_the_image() -> None:
+    captioner = gated_captioner(gate=0.0)
+    config = Config(label_smoothing=0.0, frozen=("encoder",))
+    objective = Objective(config, captioner, None).train()
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
+    texts = captions(16, SHOT_TOKENS)
+    images, (token_ids, lengths) = pictures(16), blocks(texts, TEXT.pad_id, SHOT_TOKENS)
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(STEPS):
+        # Other examples at every step: the caption cannot be told from them.
+        shots = torch.stack([torch.randperm(15, generator=draw)[:SHOTS] for _ in range(16)])
+        shots += (shots >= torch.arange(16)[:, None]).long()
+        batch = {
+            "images": images,
+            "shot_images": images[shots],
+            "shot_token_ids": token_ids[shots],
+            "shot_lengths": lengths[shots],
+            "token_ids": token_ids,
+            "lengths": lengths,
+        }
+        optimizer.zero_grad()
+        objective(batch)["loss"].backward()
+        optimizer.step()
+    objective.eval()
+    with torch.no_grad():
+        assert objective(batch)["token_accuracy"] == 1
+        assert objective({**batch, "images": images.roll(1, 0)})["token_accuracy"] < 0.6
 
 
 def test_without_examples_it_is_the_objective_lm(shapes, tmp_path) -> None:
