@@ -7,11 +7,16 @@ from test_loop import log, recipe
 from tiny_captioner import TEXT
 from torch import nn
 
-from trainer.dataset import blocks, padded
+from exports.text import TextSpec
+from trainer.data import read_examples
+from trainer.dataset import CaptionDataset, blocks, padded
 from trainer.errors import ConfigError
+from trainer.features import nearest_others, pooled_features
 from trainer.objectives.flamingo import Config, Objective, interleaved_logits
 from trainer.optim import Optim, build_optimizer
+from trainer.photos import load_all
 from trainer.stages import finetune
+from trainer.transforms import Augment, Transform
 
 END = SHOTS * SHOT_TOKENS
 STEPS = 150
@@ -36,6 +41,52 @@ def test_a_caption_that_is_too_long_still_ends() -> None:
     ids, lengths = blocks([[1, 5, 6, 7, 8, 2], [1, 5, 2]], 0, 4)
     assert ids.tolist() == [[1, 5, 6, 2], [1, 5, 2, 0]]
     assert lengths.tolist() == [4, 3]
+
+
+def test_examples_are_other_images_of_the_training_set_with_captions_of_one_place(shapes) -> None:
+    examples = read_examples(shapes / "captions_train.json")[:12]
+    captioner = gated_captioner()
+    pixels = load_all(examples, captioner.image)
+    words = FixedIds(
+        {
+            c: [3 + 5 * n + p for p in (place, 0)]
+            for n, e in enumerate(examples)
+            for place, c in enumerate(e.captions)
+        }
+    )
+    dataset = CaptionDataset(
+        examples,
+        pixels,
+        words,
+        TextSpec(**{**TEXT.model_dump(), "vocab_size": 99}),
+        captions=3,
+        transform=Transform(Augment(), (32, 48)),
+        seed=0,
+    )
+    data = Objective(Config(), captioner, dataset).data(dataset)
+    nearest = nearest_others(pooled_features(captioner.encoder, pixels), SHOTS)
+    item = data[4, 7]
+    others = nearest[7].tolist()
+    assert 7 not in others and len(set(others)) == SHOTS
+    assert torch.equal(item["image"], dataset[4, 7]["image"])
+    for image, other in zip(item["shot_images"], others, strict=True):
+        assert torch.equal(image, dataset[4, other]["image"])
+    batch = data.collate([item, data[4, 2]])
+    assert batch["shot_token_ids"].shape == (6, SHOTS, SHOT_TOKENS)
+    places = [ids[1] - 3 - 5 * 7 for ids in item["token_ids"]]
+    assert len(set(places)) == 3
+    for row, place in enumerate(places):
+        for shot, other in enumerate(others):
+            found = batch["shot_token_ids"][row, shot].tolist()
+            assert found == [TEXT.bos_id, 3 + 5 * other + place, 3 + 5 * other, TEXT.eos_id, 0, 0]
+    assert batch["shot_lengths"].eq(4).all()
+
+
+class FixedIds:
+    """A tokenizer that knows some texts."""
+
+    def __init__(self, token_ids: dict[str, list[int]]) -> None:
+        self.encode = token_ids.__getitem__
 
 
 def test_at_first_it_is_the_language_model_whatever_the_images(batch) -> None:
