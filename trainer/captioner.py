@@ -3,13 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from exports.images import ImageSpec
 from exports.text import TextSpec
 from trainer import variants
 from trainer.attention import GrowingCache, Memory
+from trainer.errors import ConfigError
+from trainer.few_shot import ShotIndex
 from trainer.matching import Matcher, MatcherConfig
 
 IMAGE_EMBEDDING = "image_embedding"
@@ -53,6 +57,7 @@ class Captioner(nn.Module):
             decoder_width=self.decoder.image_width,
             tokens=probe.shape[1],
         )
+        self.examples: ShotIndex | None = None
         self.matcher: Matcher | None = None
         if matcher is not None:
             self.matcher = Matcher(matcher, encoder_width=self.encoder.width, decoder=self.decoder)
@@ -64,8 +69,7 @@ class Captioner(nn.Module):
 
     def memory(self, images: Tensor) -> Memory:
         """Returns what text attends to of images (B, 3, H, W), uint8 or float in 0..255."""
-        memory: Memory = self.decoder.memory(self.encode(images))
-        return memory
+        return self.memory_and_pooled(images)[0]
 
     def encoded(self, images: Tensor) -> dict[str, Tensor]:
         """Returns all that is kept of images, by the names that graphs give it.
@@ -102,7 +106,47 @@ class Captioner(nn.Module):
     def memory_and_pooled(self, images: Tensor) -> tuple[Memory, Tensor]:
         """Returns `memory(images)` and the encoder's pooled (B, D), from one pass of it."""
         image_tokens, pooled = self.encoder(images)
-        return self.decoder.memory(self.bridge(image_tokens)), pooled
+        memory: Memory = self.decoder.memory(self.bridge(image_tokens))
+        if self.examples is not None:
+            memory = self.examples.prompted(memory, pooled, self.decoder)
+        return memory, pooled
+
+    @torch.no_grad()
+    def show_examples(
+        self, images: NDArray[np.uint8], captions: list[list[int]], *, shots: int
+    ) -> None:
+        """From now on, text stands behind the captions of labelled images that resemble its image.
+
+        Args:
+            images: (n, H, W, 3).
+            captions: of each one, as ids `<bos>` ... `<eos>`.
+            shots: how many stand before a text.
+
+        Raises:
+            ConfigError: there are fewer images, or the decoder has no room for so many.
+        """
+        reading = self.decoder.reading
+        if not 1 <= shots <= min(reading.shots, len(images)):
+            raise ConfigError(
+                f"{shots} examples before a text: the model has room for {reading.shots} "
+                f"([bridge] shots), and there are {len(images)} labelled images"
+            )
+        device = next(self.parameters()).device
+        pooled, latents = [], []
+        for start in range(0, len(images), 64):
+            pixels = torch.from_numpy(images[start : start + 64]).permute(0, 3, 1, 2)
+            image_tokens, features = self.encoder(pixels.to(device))
+            pooled.append(features)
+            latents.append(self.bridge(image_tokens))
+        self.examples = ShotIndex(
+            torch.cat(pooled),
+            torch.cat(latents),
+            captions,
+            shots=shots,
+            shot_tokens=reading.shot_tokens,
+            pad_id=self.text.pad_id,
+        )
+        self.decoder.placed = self.examples.positions
 
     def forward(self, images: Tensor, token_ids: Tensor) -> Tensor:
         """Returns logits (B * C, T, V).

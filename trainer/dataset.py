@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
 from exports.text import TextSpec, Tokenizer
@@ -65,29 +66,28 @@ class CaptionDataset(TrainingData):
         transform: Transform,
         seed: int,
     ) -> None:
-        self.examples, self.tokenizer = examples, tokenizer
-        self._images, self.captions = images, captions
+        self.examples, self.tokenizer, self.text = examples, tokenizer, text
+        self.images, self.captions = images, captions
         self._transform, self._seed = transform, seed
-        longest = text.max_length - 2
-        self._token_ids = [
-            [[text.bos_id, *tokenizer.encode(c)[:longest], text.eos_id] for c in example.captions]
+        self.token_ids = [
+            [framed(tokenizer.encode(caption), text) for caption in example.captions]
             for example in examples
         ]
         self._flips = [flips(example.captions) for example in examples]
-        self._pad_id = text.pad_id
 
     def __len__(self) -> int:
-        return len(self._token_ids)
+        return len(self.token_ids)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         draw = random.Random(f"{self._seed}-{epoch}-{index}")
-        own = self._token_ids[index]
-        drawn = draw.sample(own, k=min(self.captions, len(own)))
-        drawn += draw.choices(own, k=self.captions - len(drawn))
-        image = torch.from_numpy(self._images[index]).permute(2, 0, 1)
+        own = self.token_ids[index]
+        drawn = draw.sample(range(len(own)), k=min(self.captions, len(own)))
+        drawn += draw.choices(range(len(own)), k=self.captions - len(drawn))
+        image = torch.from_numpy(self.images[index]).permute(2, 0, 1)
         view = self._transform(image, draw.getrandbits(62), flip=self._flips[index])
-        return {"image": view, "token_ids": drawn, "index": index}
+        token_ids = [own[number] for number in drawn]
+        return {"image": view, "token_ids": token_ids, "drawn": drawn, "index": index}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Returns one batch.
@@ -96,11 +96,53 @@ class CaptionDataset(TrainingData):
         captions of an image together, padded; `lengths` (B * C,), tokens without padding.
         """
         token_ids, lengths = padded(
-            [ids for item in items for ids in item["token_ids"]], self._pad_id
+            [ids for item in items for ids in item["token_ids"]], self.text.pad_id
         )
         images = torch.stack([item["image"] for item in items])
         indices = torch.tensor([item["index"] for item in items])
         return {"images": images, "token_ids": token_ids, "lengths": lengths, "indices": indices}
+
+
+class InterleavedDataset(TrainingData):
+    """Items of a `CaptionDataset`, each behind examples: other images of it with a caption each.
+
+    Args:
+        dataset: with at least one other image for every example asked for.
+        shots: (n, k), which images stand before each, in this order.
+        shot_tokens: T, of an example; longer captions are cut.
+    """
+
+    def __init__(self, dataset: CaptionDataset, shots: Tensor, shot_tokens: int) -> None:
+        self._dataset, self._shots, self._shot_tokens = dataset, shots, shot_tokens
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        item = self._dataset[key]
+        others = self._shots[index].tolist()
+        captions = [self._dataset.token_ids[other] for other in others]
+        # Of all images the caption of the same place: where that decides the style or language,
+        # a prompt is of one.
+        shots = [own[number % len(own)] for number in item["drawn"] for own in captions]
+        images = torch.stack([self._dataset[epoch, other]["image"] for other in others])
+        return {**item, "shot_images": images, "shot_token_ids": shots}
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Returns a batch as `CaptionDataset.collate` does, and the examples before each caption.
+
+        `shot_images` (B, k, 3, H, W) uint8; `shot_token_ids` (B * C, k, T), padded; `shot_lengths`
+        (B * C, k).
+        """
+        batch = self._dataset.collate(items)
+        rows = [ids for item in items for ids in item["shot_token_ids"]]
+        token_ids, lengths = blocks(rows, self._dataset.text.pad_id, self._shot_tokens)
+        count = self._shots.shape[1]
+        batch["shot_images"] = torch.stack([item["shot_images"] for item in items])
+        batch["shot_token_ids"] = token_ids.unflatten(0, (-1, count))
+        batch["shot_lengths"] = lengths.unflatten(0, (-1, count))
+        return batch
 
 
 class ViewDataset(TrainingData):
@@ -158,6 +200,11 @@ class ViewDataset(TrainingData):
         return batch
 
 
+def framed(token_ids: Sequence[int], text: TextSpec) -> list[int]:
+    """Returns `<bos>` ... `<eos>`, cut to the longest sequence."""
+    return [text.bos_id, *token_ids[: text.max_length - 2], text.eos_id]
+
+
 def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Returns ids (R, T), filled up with `pad_id`, and their lengths (R,)."""
     lengths = torch.tensor([len(ids) for ids in sequences])
@@ -165,6 +212,13 @@ def padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     for row, ids in enumerate(sequences):
         token_ids[row, : len(ids)] = torch.tensor(ids)
     return token_ids, lengths
+
+
+def blocks(captions: Sequence[Sequence[int]], pad_id: int, length: int) -> tuple[Tensor, Tensor]:
+    """Returns captions as ids (R, length), padded or cut before the last id, and their lengths."""
+    cut = [ids if len(ids) <= length else [*ids[: length - 1], ids[-1]] for ids in captions]
+    token_ids, lengths = padded(cut, pad_id)
+    return F.pad(token_ids, (0, length - token_ids.shape[1]), value=pad_id), lengths
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.errors import ConfigError
+
 _BATCH = 64  # images encoded at a time
+_ROWS = 1024  # images compared with all at a time
 _PENALTY = 1e-2  # of the linear probe's weights; see `linear_accuracy`
 
 
@@ -30,6 +33,28 @@ def pooled_features(encoder: Any, images: NDArray[np.uint8]) -> Tensor:
         batch = torch.from_numpy(images[start : start + _BATCH]).permute(0, 3, 1, 2)
         blocks.append(encoder(batch.to(device))[1].float().cpu())
     return torch.cat(blocks)
+
+
+def nearest_others(features: Tensor, count: int) -> Tensor:
+    """Returns for each of features (n, D) which others are most similar, (n, count), the best last.
+
+    Similarity is the cosine; an image is never its own neighbour.
+
+    Raises:
+        ConfigError: there are not so many others.
+    """
+    if count >= len(features):
+        raise ConfigError(
+            f"{count} neighbours of each image asked for, but there are {len(features)} images; "
+            "ask for fewer"
+        )
+    unit, found = _unit(features), []
+    for start in range(0, len(unit), _ROWS):
+        cosines = unit[start : start + _ROWS] @ unit.T
+        rows = torch.arange(len(cosines))
+        cosines[rows, start + rows] = -math.inf
+        found.append(cosines.topk(count, dim=1).indices.flip(1))
+    return torch.cat(found)
 
 
 def rankme(features: Tensor) -> float:

@@ -23,10 +23,15 @@ class Config(BaseConfig):
     heads: int = 8
     every: int = Field(default=1, ge=1)
     """A gated layer stands before every so many of the decoder's."""
+    shots: int = Field(default=0, ge=0)
+    """How many examples, an image and a caption each, the decoder has room for before the text."""
+    shot_tokens: int = Field(default=24, ge=3)
+    """Positions of each; longer captions of examples are cut."""
 
     def reading(self) -> Reading:
         """Returns what becomes of the latents in the decoder."""
-        return Reading("gated", every=self.every)
+        placed = self.shots * self.shot_tokens
+        return Reading("gated", every=self.every, placed=placed, shot_tokens=self.shot_tokens)
 
 
 class Bridge(Positioned):

@@ -49,6 +49,7 @@ class Decoder(nn.Module):
         width: D; `layers`: L; `heads` of keys and values: H; `head_dim`: the width of a head.
         query_heads: where several share the keys of one; by default H.
         image_width: of the tokens that it takes from a bridge; by default D.
+        placed: positions that stand before the text now; examples come and go.
 
     Raises:
         ConfigError: this family cannot read an image that way.
@@ -82,6 +83,7 @@ class Decoder(nn.Module):
         self.width, self.layers, self.heads, self.head_dim = width, layers, heads, head_dim
         self.image_width = image_width or width
         self.max_length, self.dropout = config.max_length, config.dropout
+        self.placed = reading.placed if reading.kind == "prefix" else 0
         self.gated = nn.ModuleList()
         if reading.kind == "gated":
             self.gated.extend(
@@ -117,11 +119,15 @@ class Decoder(nn.Module):
             position: how many tokens stand before each, (R,) or (T,).
             attention: (R, D) or (R, T, D) to itself and the image.
         """
-        position = position + self.reading.placed
+        position = position + self.placed
         return self.head(self.blocks(self.embed(token_ids, position), position, attention))
 
     def forward(
-        self, token_ids: Tensor, memory: Memory, image_visible: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        memory: Memory,
+        image_visible: Tensor | None = None,
+        text_visible: Tensor | None = None,
     ) -> Tensor:
         """Returns logits (R, T, V) for token_ids (R, T); the R / B rows of an image are together.
 
@@ -129,12 +135,38 @@ class Decoder(nn.Module):
             token_ids: (R, T).
             memory: of the B images.
             image_visible: (R, T, M), which image tokens each token sees; None: all.
+            text_visible: (R, 1, 1, T), 0 for what counts of the text, else -inf; None: all of it.
         """
         position = torch.arange(token_ids.shape[1], device=token_ids.device)
-        attention = SequenceAttention(
-            memory, self.head_dim, dropout=self.attention_dropout, visible=image_visible
-        )
+        attention = self._whole(memory, image_visible, text_visible)
         return self.logits(token_ids, position, attention)
+
+    def prompt_pairs(
+        self, token_ids: Tensor, memory: Memory, image_visible: Tensor, text_visible: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Returns keys and values of every layer for a prompt (B, P) at the first positions.
+
+        Args:
+            token_ids: (B, P); the others as above.
+            memory: see `forward`.
+            image_visible: see `forward`.
+            text_visible: see `forward`.
+        """
+        position = torch.arange(token_ids.shape[1], device=token_ids.device)
+        attention = self._whole(memory, image_visible, text_visible)
+        self.blocks(self.embed(token_ids, position), position, attention)
+        return tuple(attention.written)
+
+    def _whole(
+        self, memory: Memory, image_visible: Tensor | None, text_visible: Tensor | None
+    ) -> SequenceAttention:
+        return SequenceAttention(
+            memory,
+            self.head_dim,
+            dropout=self.attention_dropout,
+            visible=image_visible,
+            text_visible=text_visible,
+        )
 
     def memory(self, tokens: Tensor) -> Memory:
         """Returns what the text attends to of the bridge's tokens (B, N, D)."""

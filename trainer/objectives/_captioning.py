@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from trainer.attention import Memory
 from trainer.captioner import Captioner
 from trainer.config import Config as BaseConfig
+from trainer.dataset import CaptionDataset, TrainingData
 from trainer.objective import Objective
 from trainer.optim import freeze_prefixes
 
@@ -48,6 +49,10 @@ class CaptioningObjective(Objective):
         self._encoder_from = config.encoder_from_epoch
         freeze_prefixes(captioner, config.frozen)
         self._trained_encoder = [p for p in captioner.encoder.parameters() if p.requires_grad]
+
+    def data(self, dataset: CaptionDataset) -> TrainingData:
+        """Returns what batches are drawn from: the captioned images, or what is made of them."""
+        return dataset
 
     def before_epoch(self, epoch: int) -> None:
         """Thaws the encoder when its epoch has come."""
@@ -91,6 +96,17 @@ def cross_entropy(
     logits = captioner.decoder(token_ids[:, :-1], memory).float()
     labels = labels_of(token_ids, batch["lengths"])
     labels[:, :prompt] = IGNORE_INDEX
+    return token_loss(logits, labels, label_smoothing)
+
+
+def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Returns the mean cross-entropy and the share of tokens ranked first.
+
+    Args:
+        logits: (R, T, V).
+        labels: (R, T), IGNORE_INDEX where there is no token.
+        label_smoothing: probability spread over the vocabulary.
+    """
     loss = F.cross_entropy(
         logits.flatten(0, 1),
         labels.flatten(),

@@ -30,6 +30,7 @@ from trainer.quantise_encoder import quantise_encoder
 from trainer.run import Run
 from trainer.stages._bundle import Content, Graphs, check_free, check_golden
 from trainer.stages._card import Card, model_card, provenance
+from trainer.stages._few_shot import FewShot, show_examples
 from trainer.stages._reranking import settle
 from trainer.stages.evaluate import as_json, differences_of, score_all
 
@@ -69,6 +70,7 @@ class Config(BaseConfig):
     golden: tuple[Path, ...] = ()
     """Pictures that go into the bundle with the captions it must give; some are drawn if none are
     named. They are published: name only what may be."""
+    few_shot: FewShot | None = None
     int8: Int8 | None = None
     card: Card
 
@@ -84,12 +86,14 @@ def run(config: Config, out_dir: Path) -> None:
     target = out_dir / "bundle"
     check_free(target)
     check_golden(config.golden)
+    examples = read_captioned(config.data, config.images, config.split)
     trained = blended(source, config.blend)
+    if config.few_shot is not None:
+        show_examples(config.few_shot, trained, source, examples)
     # Integers are rounded from the trained weights; stored floats are what they are rounded to.
     captioner = trained if config.int8 else round_weights(deepcopy(trained))
     graphs = Graphs.of(captioner)
     steps = graphs.steps(source.text)
-    examples = read_captioned(config.data, config.images, config.split)
     references = [example.captions for example in examples]
     pixels = load_all(examples, source.recipe.image)
     generation = source.recipe.generation

@@ -11,7 +11,7 @@ from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, check_apart
 from trainer.dataset import CaptionDataset
 from trainer.errors import ConfigError
-from trainer.loop import TrainingLoop
+from trainer.loop import TrainingLoop, device_of
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
 from trainer.run import (
@@ -66,6 +66,7 @@ def _train(config: Config, out_dir: Path) -> None:
         transform=Transform(config.augment, size),
         seed=config.seed,
     )
+    captioner.to(device_of(config.loop))
     objective = module.Objective(objective_config, captioner, dataset)
     if config.loop.accumulate > 1 and not objective.divisible:
         raise ConfigError(
@@ -75,7 +76,7 @@ def _train(config: Config, out_dir: Path) -> None:
         )
     TrainingLoop(
         objective,
-        dataset,
+        objective.data(dataset),
         config=config.loop,
         optim=config.optim,
         seed=config.seed,

@@ -17,7 +17,7 @@ from exports.text import TextSpec
 from trainer import variants
 from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, describe, read_examples
-from trainer.dataset import ViewDataset, flips
+from trainer.dataset import ViewDataset, flips, framed
 from trainer.errors import ConfigError, DataError
 from trainer.loop import TrainingLoop
 from trainer.methods._method import Method, Preparation, Setting
@@ -136,9 +136,8 @@ def _token_ids(
         max_length=config.data.max_tokens,
         folder=out_dir,
     )
-    longest = text.max_length - 2
     return text, [
-        [[text.bos_id, *tokenizer.encode(c)[:longest], text.eos_id] for c in example.captions]
+        [framed(tokenizer.encode(caption), text) for caption in example.captions]
         for example in examples
     ]
 
