@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,14 @@ from trainer.stages import finetune, pretrain
 
 METHODS = variants.names("methods")
 BATCH = 4
+# Sizes that make these tests fast; a method that is not here is tested as it is by default.
+SMALL: dict[str, dict[str, Any]] = {
+    "beit": {"tokenizer": {"name": "dvae", "vocab_size": 32, "width": 16, "epochs": 2}},
+    "clip": {"width": 32, "text": {"width": 32, "layers": 1}},
+    "mae": {"decoder_width": 64, "decoder_layers": 2, "decoder_heads": 4},
+    "moco": {"hidden": 64, "width": 32},
+    "simclr": {"hidden": 64, "width": 32},
+}
 
 
 class Killed(Exception):
@@ -36,9 +45,13 @@ def name(request) -> str:
     return request.param
 
 
+def table(name: str, **keys: Any) -> dict[str, Any]:
+    return {"name": name, **SMALL.get(name, {}), **keys}
+
+
 def prepared(name: str):
     """A method that has done what it must do first."""
-    method = method_of({"name": name}, batch=BATCH)
+    method = method_of(table(name), batch=BATCH)
     if preparation := method.preparation():
         optimizer = torch.optim.AdamW(preparation.objective.parameters(), lr=preparation.lr)
         preparation.objective.train()
@@ -87,7 +100,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
 
 
 def test_frozen_parameters_stay(name: str) -> None:
-    method = method_of({"name": name, "frozen": ["encoder.backbone.patch_embed"]}, batch=BATCH)
+    method = method_of(table(name, frozen=["encoder.backbone.patch_embed"]), batch=BATCH)
     patch = method.encoder.backbone.patch_embed
     assert not any(parameter.requires_grad for parameter in patch.parameters())
 
@@ -123,7 +136,7 @@ def whole(shapes, tmp_path_factory):
     def run(name: str) -> Path:
         if name not in found:
             found[name] = tmp_path_factory.mktemp(name)
-            pretrain.run(recipe(shapes, {"name": name}), found[name])
+            pretrain.run(recipe(shapes, table(name)), found[name])
         return found[name]
 
     return run
@@ -146,9 +159,9 @@ def test_a_killed_run_goes_on_bit_for_bit(
     monkeypatch.setattr(TrainingLoop, "_train_step", step)
     for _ in range(2):  # a preparation is killed once more
         with pytest.raises(Killed):
-            pretrain.run(recipe(shapes, {"name": name}), tmp_path)
+            pretrain.run(recipe(shapes, table(name)), tmp_path)
     monkeypatch.undo()
-    pretrain.run(recipe(shapes, {"name": name}), tmp_path)
+    pretrain.run(recipe(shapes, table(name)), tmp_path)
     assert log(tmp_path) == log(whole(name))
     first, _ = load_checkpoint(whole(name) / "last.safetensors")
     second, _ = load_checkpoint(tmp_path / "last.safetensors")
@@ -157,7 +170,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 def test_finetuning_starts_from_its_checkpoint(name: str, whole, shapes, tmp_path: Path) -> None:
-    run = recipe(shapes, {"name": name})
+    run = recipe(shapes, table(name))
     finetune.run(
         Recipe.model_validate(
             {
