@@ -19,6 +19,7 @@ from trainer.stages import compare, pretrain
 from trainer.stages._arms import Arm, pretrain_recipe
 from trainer.transforms import Augment, Crop, Flip, Grey
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 SIMCLR = {"name": "simclr", "hidden": 32, "width": 16}
 FROZEN = {"encoder": VIT}
 TRAINED = {"encoder": VIT, "method": SIMCLR}
