@@ -61,18 +61,22 @@ class Method(Objective):
     """Base of the methods.
 
     `forward` is given `images` (V * B, 3, H, W), the first view of every image before the second,
-    `indices` (B,), and where `reads_captions` also `token_ids` (B, T) and `lengths` (B,).
+    `indices` (B,), and where `reads_captions` also `token_ids` (B, T) and `lengths` (B,). Beside
+    the loss it returns `of_chance`, the loss as a share of what knowing nothing would cost: it
+    stays at 1 where nothing is learnt.
 
     Attributes:
         views: V, how many views of an image a batch holds.
         reads_captions: Whether it learns from captions, one drawn per image and epoch.
         divisible: Whether the loss of a batch is the mean of its parts' losses, so that batches may
             be accumulated. Contrastive losses compare the images of a batch and are not.
+        remedies: What may help where nothing is learnt, in words.
     """
 
     views: ClassVar[int] = 1
     reads_captions: ClassVar[bool] = False
     divisible: ClassVar[bool] = True
+    remedies: ClassVar[str] = "another optim.lr"
 
     def __init__(self, config: MethodConfig, encoder: Any, setting: Setting) -> None:
         super().__init__()

@@ -56,6 +56,8 @@ class Config(MethodConfig):
 class Method(BaseMethod):
     """See the module."""
 
+    remedies = "another optim.lr, a lower method.mask_ratio, or larger patches"
+
     def __init__(self, config: Config, encoder: Any, setting: Setting) -> None:
         super().__init__(config, encoder, setting)
         check_patches(encoder, "mae")
@@ -67,14 +69,14 @@ class Method(BaseMethod):
         self.decoder = Decoder(config, encoder)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the loss, and its share of what predicting 0 everywhere would cost."""
+        """Returns the loss; at chance every pixel is guessed to be 0, its patch's mean."""
         images = batch["images"]
         noise = torch.rand(len(images), self._patches, device=images.device)
         ids_keep, ids_hide = shuffled(noise, self._visible)
         target, _, _ = self._target(images, ids_hide)
         loss = F.mse_loss(self._predict(images, ids_keep, ids_hide), target)
         zero = target.square().mean()
-        return {"loss": loss, "of_zero_predictor": loss.detach() / zero.clamp(min=_EPSILON)}
+        return {"loss": loss, "of_chance": loss.detach() / zero.clamp(min=_EPSILON)}
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:

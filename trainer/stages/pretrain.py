@@ -5,6 +5,7 @@ curves, and `pictures.png` where the method has pictures to show.
 """
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ CHANGEABLE: Any = {
     "loop": {"workers", "save_every", "evaluate_every", "device"},
     "probe": True,
 }
+_LEARNING = 0.99  # the share of what knowing nothing costs below which something is learnt
 _PICTURED = 8  # images of `pictures.png`
 _LEGIBLE = 192  # pixels across, of each
 
@@ -180,7 +182,7 @@ class Report:
         method: Method,
         out_dir: Path,
     ) -> None:
-        self._method, self._folder = method, out_dir
+        self._config, self._method, self._folder = config, method, out_dir
         self._probes = Probes(config.probe, config.image, examples, seed=config.seed)
         # Of a run that goes on; one that begins measures them itself.
         self._first = next((row for row in read_log(out_dir) if row["step"] == 0), {})
@@ -192,9 +194,24 @@ class Report:
         figures = self._probes.measure(self._method.encoder)
         if epoch < 0:
             self._first = figures
-        elif alarm := collapse_alarm(figures, self._first):
-            tqdm.write(f"WARNING, epoch {epoch + 1}: {alarm}")
+        else:
+            for alarm in (collapse_alarm(figures, self._first), self._chance_alarm(epoch)):
+                if alarm:
+                    tqdm.write(f"WARNING, epoch {epoch + 1}: {alarm}")
         return figures
+
+    def _chance_alarm(self, epoch: int) -> str | None:
+        """Returns that nothing is learnt, if the loss of the epoch says so after the warm-up."""
+        if epoch < 1 + self._config.optim.warmup * self._config.loop.epochs:
+            return None
+        shares = [row["of_chance"] for row in read_log(self._folder) if "of_chance" in row]
+        share = mean(shares[-self._method.setting.epoch_steps :])
+        if share < _LEARNING:
+            return None
+        return (
+            f"the loss is {share:.3f} of what knowing nothing costs: nothing is learnt; try "
+            f"{self._method.remedies}"
+        )
 
     def draw(self) -> None:
         """Renews `curves.png` and `pictures.png`."""

@@ -64,22 +64,34 @@ def test_eight_images_are_learnt_by_heart(name: str) -> None:
     weights = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-3)
     whole = batch_of(method, 8)
-    losses = []
+    shares = []
     for step in range(200):
         torch.manual_seed(step)
         rows = torch.randperm(8)[:BATCH]
         views = [view[rows] for view in whole["images"].chunk(method.views)]
         batch = {key: value[rows] for key, value in whole.items() if key != "images"}
         optimizer.zero_grad()
-        loss = method({**batch, "images": torch.cat(views)})["loss"]
-        loss.backward()
+        losses = method({**batch, "images": torch.cat(views)})
+        losses["loss"].backward()
         optimizer.step()
         method.after_step(step + 1)
-        losses.append(loss.item())
-        start, end = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-        if len(losses) > 20 and end < start / 2:
+        shares.append(losses["of_chance"].item())
+        start, end = sum(shares[:10]) / 10, sum(shares[-10:]) / 10
+        if len(shares) > 20 and end < min(start, 1) / 2:
             return
-    pytest.fail(f"the loss went from {start} to {end} only")
+    pytest.fail(f"the loss went from {start} to {end} of chance only")
+
+
+def test_what_chance_costs_is_known(name: str) -> None:
+    """Weights of 0 know nothing: nothing about images, and nothing of one token over another."""
+    method = prepared(name).eval()
+    batch = batch_of(method, BATCH)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if parameter.requires_grad and parameter.ndim:
+                parameter.zero_()
+        losses = method(batch)
+    assert losses["of_chance"].item() == pytest.approx(1, abs=1e-4)
 
 
 def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:

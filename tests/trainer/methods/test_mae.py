@@ -84,7 +84,7 @@ def test_predicting_zero_costs_what_the_unbiased_variance_says(patch, expected) 
     torch.nn.init.zeros_(method.decoder.to_pixels.weight)
     losses = method({"images": some_images(size=(32, 32))})
     assert losses["loss"].item() == pytest.approx(expected, abs=2e-6)
-    assert losses["of_zero_predictor"].item() == pytest.approx(1.0)
+    assert losses["of_chance"].item() == pytest.approx(1.0)
 
 
 def slow_loss(pixels, prediction, ids_hide, patch, norm_pix) -> float:
