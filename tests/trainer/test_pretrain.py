@@ -169,6 +169,13 @@ def test_a_loss_that_stays_at_chance_is_told(
     assert all(f"{remedy}" in line for line in told)
 
 
+def test_only_the_first_worker_measures(shapes: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pretrain, "rank", lambda: 1)
+    monkeypatch.setattr(pretrain, "Probes", None)  # building them would fail
+    pretrain.run(recipe(shapes, SIMCLR), tmp_path)
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
     ("stage", "workers", "message"),
     [

@@ -85,14 +85,17 @@ class Method(Objective):
         freeze_prefixes(self, config.frozen)
         self._keeps_statistics = config.keep_statistics
 
+    def encoders(self) -> list[nn.Module]:
+        """Returns the encoder and the copies of it that a method holds."""
+        return [self.encoder]
+
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of all but BatchNorms that keep their statistics."""
         super().train(mode)
-        if self._keeps_statistics:
-            for copy in (self.encoder, getattr(self, "momentum_encoder", None)):
-                for module in copy.modules() if copy is not None else ():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                        module.eval()
+        for encoder in self.encoders() if self._keeps_statistics else ():
+            for module in encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def preparation(self) -> Preparation | None:

@@ -85,6 +85,10 @@ class Method(BaseMethod):
         self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
         self._new_keys: list[Tensor] = []
 
+    def encoders(self) -> list[nn.Module]:
+        """Returns the encoder and its slow copy."""
+        return [self.encoder, self.momentum_encoder]
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the loss; at chance a query takes any key for its own, all with one loss."""
         if self._v3:

@@ -19,6 +19,7 @@ from trainer import variants
 from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, describe, read_examples
 from trainer.dataset import ViewDataset, flips
+from trainer.distributed import rank
 from trainer.errors import ConfigError, DataError
 from trainer.loop import TrainingLoop
 from trainer.methods._method import Method, Preparation, Setting
@@ -40,8 +41,13 @@ _PICTURED = 8  # images of `pictures.png`
 _LEGIBLE = 192  # pixels across, of each
 
 
-def run(config: Config, out_dir: Path) -> None:
+def run(config: Config, out_dir: Path, *, probes: Probes | None = None) -> None:
     """Trains (or goes on training) the recipe's method in `out_dir`.
+
+    Args:
+        config: the recipe.
+        out_dir: the run's folder.
+        probes: what measures the encoder; by default as `[probe]` says.
 
     Raises:
         CheckpointError: another process trains there, or the run there is of another recipe.
@@ -49,10 +55,10 @@ def run(config: Config, out_dir: Path) -> None:
         DivergenceError: a loss is not a number.
     """
     with claimed(config, out_dir, changeable=CHANGEABLE):
-        _train(config, out_dir)
+        _train(config, out_dir, probes)
 
 
-def _train(config: Config, out_dir: Path) -> None:
+def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
     module, method_config = variants.parse("methods", config.method)
     if module.Method.reads_captions:
         for augment in (config.augment, config.second_view or config.augment):
@@ -84,8 +90,11 @@ def _train(config: Config, out_dir: Path) -> None:
         pad_id=text.pad_id if text else 0,
         flips=[flips(example.captions) for example in examples] if text else None,
     )
+    report = None
+    if rank() == 0:
+        probes = probes or Probes(config.probe, config.image, examples, seed=config.seed)
+        report = Report(config, probes, images, method, out_dir)
     _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
-    report = Report(config, examples, images, method, out_dir)
     TrainingLoop(
         method,
         dataset,
@@ -93,9 +102,9 @@ def _train(config: Config, out_dir: Path) -> None:
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=report.measure,
+        evaluate=report.measure if report else None,
         evaluate_first=True,
-        after_evaluation=report.draw,
+        after_evaluation=report.draw if report else None,
     ).run()
 
 
@@ -177,13 +186,13 @@ class Report:
     def __init__(
         self,
         config: Config,
-        examples: list[Example],
+        probes: Probes,
         images: NDArray[np.uint8],
         method: Method,
         out_dir: Path,
     ) -> None:
         self._config, self._method, self._folder = config, method, out_dir
-        self._probes = Probes(config.probe, config.image, examples, seed=config.seed)
+        self._probes = probes
         # Of a run that goes on; one that begins measures them itself.
         self._first = next((row for row in read_log(out_dir) if row["step"] == 0), {})
         self._pictured = images[:: max(1, len(images) // _PICTURED)][:_PICTURED]
