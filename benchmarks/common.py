@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif"}
 NO_RUN = (
     "{}: no training run, and `generate` needs its checkpoint: a bundle holds graphs only. Train "
-    "one as trainer/recipes/flickr8k/base.toml says, or add --tiny to time random weights of the "
-    "same size"
+    "one as trainer/recipes/flickr8k/base.toml says, or add --tiny to see it run on random weights "
+    "and a small model"
 )
 
 

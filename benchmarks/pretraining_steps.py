@@ -26,7 +26,12 @@ _INSIDE = "CUTLINE_BENCHMARK_INSIDE"
 _SIDE, _PATCH, _WIDTH, _DEPTH, _HEADS = 96, 12, 192, 6, 3
 _DECODER = {"width": 128, "layers": 2, "heads": 4}
 _MASKED = 0.75
-_COLOURS = ("brightness", "contrast", "saturation")
+_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "probability": 0.8}
+# MAE's authors change no colours.
+_AUGMENT: dict[str, dict[str, Any]] = {
+    "simclr": {"crop": {"area": 0.2}, "flip": {}, "jitter": _JITTER, "grey": {"probability": 0.2}},
+    "mae": {"crop": {"area": 0.2}, "flip": {}},
+}
 
 Step = Callable[[], None]
 
@@ -100,20 +105,12 @@ def method(name: str, batch: int) -> Any:
     return methods.Method(config, encoder, Setting(batch, batch, 1000)).train()
 
 
-def views_of(images: "np.ndarray[Any, np.dtype[np.uint8]]", views: int) -> Any:
-    """Returns batches as the loop gets them: `uint8 (V * B, 3, H, W)`."""
+def views_of(name: str, images: "np.ndarray[Any, np.dtype[np.uint8]]", views: int) -> Any:
+    """Returns a method's batches as the loop gets them: `uint8 (V * B, 3, H, W)`."""
     from trainer.dataset import ViewDataset
     from trainer.transforms import Augment, Transform
 
-    augment = Augment.model_validate(
-        {
-            "crop": {"area": 0.2},
-            "flip": {"probability": 0.5},
-            "jitter": {**dict.fromkeys(_COLOURS, 0.4), "hue": 0.1, "probability": 0.8},
-            "grey": {"probability": 0.2},
-        }
-    )
-    transform = Transform(augment, (_SIDE, _SIDE))
+    transform = Transform(Augment.model_validate(_AUGMENT[name]), (_SIDE, _SIDE))
     dataset = ViewDataset(images, [transform] * views, seed=0)
     return dataset.collate([dataset[0, index] for index in range(len(images))])
 
@@ -135,7 +132,7 @@ def training(module: Any, loss: Callable[[], Any]) -> Step:
 def ours(name: str, images: "np.ndarray[Any, np.dtype[np.uint8]]") -> Step:
     """Returns a training step of our method."""
     made = method(name, len(images))
-    batch = views_of(images, made.views)
+    batch = views_of(name, images, made.views)
     return training(made, lambda: made(batch)["loss"])
 
 
@@ -147,7 +144,7 @@ def their_simclr(images: "np.ndarray[Any, np.dtype[np.uint8]]") -> Step:
 
     encoder = method("simclr", len(images)).encoder
     head, criterion = SimCLRProjectionHead(_WIDTH, 2048, 128), NTXentLoss(temperature=0.2)
-    first, second = views_of(images, 2)["images"].chunk(2)
+    first, second = views_of("simclr", images, 2)["images"].chunk(2)
 
     def loss() -> Any:
         return criterion(*(head(encoder(view)[1]) for view in (first, second)))
@@ -173,7 +170,7 @@ def their_mae(images: "np.ndarray[Any, np.dtype[np.uint8]]") -> Step:
         num_heads=_DECODER["heads"],
     )
     enter, leave = nn.Linear(_WIDTH, _DECODER["width"]), nn.Linear(_DECODER["width"], _PATCH**2 * 3)
-    batch = views_of(images, 1)["images"]
+    batch = views_of("mae", images, 1)["images"]
     tokens = encoder.sequence_length
 
     def loss() -> Any:
@@ -195,7 +192,7 @@ def encoders(images: "np.ndarray[Any, np.dtype[np.uint8]]") -> list[Step]:
     import torch
 
     encoder = method("mae", len(images)).encoder.eval()
-    batch = views_of(images, 1)["images"]
+    batch = views_of("mae", images, 1)["images"]
     patches = (_SIDE // _PATCH) ** 2
     keep = torch.rand(len(batch), patches).argsort(1)[:, : round(patches * (1 - _MASKED))]
 
@@ -215,10 +212,11 @@ def loading(
 ) -> list[tuple[str, float, float]]:
     """Returns per method the seconds that the views of a batch take, and those of its step."""
     found = []
-    for name, views in (("SimCLR", 2), ("MAE", 1)):
-        step = ours(name.lower(), images)
-        taken = by_turns([lambda views=views: views_of(images, views), step], rounds)
-        found.append((name, *taken))
+    for title, views in (("SimCLR", 2), ("MAE", 1)):
+        name = title.lower()
+        step = ours(name, images)
+        sides = [lambda name=name, views=views: views_of(name, images, views), step]
+        found.append((title, *by_turns(sides, rounds)))
     return found
 
 

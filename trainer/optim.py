@@ -78,7 +78,7 @@ def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
     ]
     if config.name == "lars":
         return Lars(rows, lr=config.lr, momentum=config.betas[0])
-    return torch.optim.AdamW(rows, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(rows, lr=config.lr, betas=config.betas, fused=True)
 
 
 class Lars(torch.optim.Optimizer):

@@ -21,7 +21,7 @@ def test_our_steps_train(benchmark: Any) -> None:
     for name in ("simclr", "mae"):
         made = benchmark.method(name, 4)
         before = [p.detach().clone() for p in made.parameters()]
-        batch = benchmark.views_of(images, made.views)
+        batch = benchmark.views_of(name, images, made.views)
         assert batch["images"].shape == (4 * made.views, 3, 96, 96)
         benchmark.training(made, lambda made=made, batch=batch: made(batch)["loss"])()
         moved = [not (a == b).all() for a, b in zip(before, made.parameters(), strict=True)]

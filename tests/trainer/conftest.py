@@ -8,12 +8,20 @@ from tiny_captioner import GPT2, TEXT, VIT
 
 from exports.images import ImageSpec
 from trainer.captioner import Captioner
-from trainer.stages import shapecaps
+from trainer.stages import pretrain, shapecaps
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def no_curves():
+    """Drawing takes longer than a tiny run; test_plots.py and test_pretrain.py see to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "plot_log", lambda folder: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -66,12 +66,12 @@ def method_of(
 
 
 def batch_of(method: Method, images: int, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random patterns, each view with noise of its own, and a caption for each image."""
+    """Random shades, each view with noise of its own, and a caption for each image."""
     draw = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(images, 3, 5, 5, generator=draw)
-    patterns = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear") * 240
+    corners = torch.rand(images, 3, 2, 2, generator=draw)
+    shades = torch.nn.functional.interpolate(corners, size=32, mode="bilinear") * 240
     views = [
-        patterns + 10 * torch.rand(images, 3, 32, 32, generator=draw) for _ in range(method.views)
+        shades + 10 * torch.rand(images, 3, 32, 32, generator=draw) for _ in range(method.views)
     ]
     batch = {"images": torch.cat(views).to(torch.uint8), "indices": torch.arange(images)}
     if method.reads_captions:

@@ -13,12 +13,14 @@ from trainer.config import validate
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.loop import TrainingLoop
 from trainer.photos import usable_examples
+from trainer.probes import Probes
 from trainer.run import PretrainRecipe
 from trainer.runlog import RunLog
 from trainer.stages import compare, pretrain
 from trainer.stages._arms import Arm, pretrain_recipe
 from trainer.transforms import Augment, Crop, Flip, Grey
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 SIMCLR = {"name": "simclr", "hidden": 32, "width": 16}
 FROZEN = {"encoder": VIT}
 TRAINED = {"encoder": VIT, "method": SIMCLR}
@@ -86,11 +88,11 @@ def test_a_killed_comparison_goes_on_where_it_was(
 ) -> None:
     begun: list[Path] = []
 
-    def killed_at_the_second(config: PretrainRecipe, out_dir: Path) -> None:
+    def killed_at_the_second(config: PretrainRecipe, out_dir: Path, *, probes: Probes) -> None:
         begun.append(out_dir)
         if len(begun) == 2:
             raise KeyboardInterrupt
-        train(config, out_dir)
+        train(config, out_dir, probes=probes)
 
     train = pretrain.run
     monkeypatch.setattr(pretrain, "run", killed_at_the_second)
@@ -140,9 +142,21 @@ def test_the_time_of_a_run_that_was_killed_is_that_of_its_last_part(
     assert same["cider_d_per_image"] == run["cider_d_per_image"]
 
 
-def test_the_same_arm_twice_is_no_difference(shapes: Path, tmp_path: Path) -> None:
+def test_the_same_arm_twice_is_no_difference_and_is_measured_once_an_epoch(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arms = {"one": TRAINED, "same": TRAINED, "frozen": FROZEN}
+    measure, made = Probes.measure, set()
+    calls = []
+
+    def counted(probes: Probes, encoder: Any) -> dict[str, float]:
+        calls.append(encoder)
+        made.add(probes)
+        return measure(probes, encoder)
+
+    monkeypatch.setattr(Probes, "measure", counted)
     compare.run(recipe(shapes, seeds=[0], baseline="one", arms=arms), tmp_path)
+    assert len(calls) == 3 + 3 + 1 and len(made) == 1
     found = numbers(tmp_path)
     assert found["arms"]["same"]["difference"] == {"value": 0, "low": 0, "high": 0}
     assert found["arms"]["same"]["p_value"] == 1

@@ -1,10 +1,11 @@
-"""LARS against timm's, which is nobody's dependency here but the encoders'."""
+"""The optimisers against others' of the same names."""
 
 import pytest
 import torch
 from torch import nn
 
 import trainer  # noqa: F401  before timm, see trainer.torchvision_ops
+from trainer.checkpoint import pack_optimizer, unpack_optimizer
 from trainer.optim import Optim, build_optimizer
 
 
@@ -45,3 +46,26 @@ def test_lars_leaves_what_has_no_gradient() -> None:
     steps(module, build_optimizer(module, Optim(name="lars", lr=1.0)), 2)
     assert torch.equal(module[2].weight, before)
     assert not torch.equal(module[0].weight, network()[0].weight)
+
+
+def test_adamw_steps_as_pytorch_s_plain_one_in_any_layout_and_after_a_pause() -> None:
+    torch.manual_seed(0)
+    ours = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    theirs = nn.Conv2d(3, 4, 2)
+    theirs.load_state_dict(ours.state_dict())
+    config = Optim(lr=0.1, weight_decay=0.0, betas=(0.9, 0.98))
+    mine = build_optimizer(ours, config)
+    peer = torch.optim.AdamW(theirs.parameters(), 0.1, (0.9, 0.98), weight_decay=0.0, foreach=False)
+    for step in range(4):
+        if step == 2:
+            packed = {k: v.contiguous() for k, v in pack_optimizer(mine).items()}  # as files are
+            mine = build_optimizer(ours, config)
+            unpack_optimizer(mine, packed)
+        torch.manual_seed(step)
+        images = torch.randn(2, 3, 5, 5)
+        for module, optimizer in ((ours, mine), (theirs, peer)):
+            optimizer.zero_grad()
+            module(images).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.bias, theirs.bias)

@@ -125,14 +125,55 @@ def test_another_recipe_s_run_is_refused(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_shows_where_it_began_and_what_it_sees(shapes: Path, tmp_path: Path) -> None:
-    mae = {"name": "mae", "decoder_width": 16, "decoder_layers": 1, "decoder_heads": 2}
-    pretrain.run(recipe(shapes, mae), tmp_path)
+    pretrain.run(recipe(shapes, SMALL_MAE), tmp_path)
     rows = [row for row in read_log(tmp_path) if "probe/rankme" in row]
     assert [row["step"] for row in rows] == [0, 3, 6]
     with Image.open(tmp_path / "pictures.png") as sheet:
         assert sheet.size == (3 * 192, 8 * 192)
     with Image.open(tmp_path / "curves.png") as curves:
         assert min(curves.size) > 400
+
+
+SMALL_MAE = {"name": "mae", "decoder_width": 16, "decoder_layers": 1, "decoder_heads": 2}
+BEIT = {"name": "beit", "tokenizer": {"name": "dvae", "vocab_size": 512, "width": 8, "epochs": 1}}
+
+
+@pytest.mark.parametrize(
+    ("method", "lr", "remedy"),
+    [
+        ({**SIMCLR, "temperature": 50.0}, 1e-3, "method.temperature"),  # all pairs alike
+        (SMALL_MAE, 1e-9, "a lower method.mask_ratio"),
+        (BEIT, 1e-9, "fewer ids"),
+        (SIMCLR, 3e-3, None),
+        (SMALL_MAE, 1e-2, None),
+        (BEIT, 3e-3, None),
+    ],
+)
+def test_a_loss_that_stays_at_chance_is_told(
+    method: dict[str, Any],
+    lr: float,
+    remedy: str | None,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch,
+    capsys,
+) -> None:
+    monkeypatch.setattr(pretrain, "plot_log", lambda folder: None)
+    loop = {"epochs": 8, "ema": 0.0, "save_every": 100, "evaluate_every": 4}
+    optim = {"lr": lr, "warmup": 0.3}
+    pretrain.run(recipe(shapes, method, loop=loop, optim=optim), tmp_path)
+    told = [line for line in capsys.readouterr().out.splitlines() if "nothing is learnt" in line]
+    assert [line.partition(": the loss is ")[0] for line in told] == (
+        ["WARNING, epoch 8"] if remedy else []  # the fourth is hardly warm
+    )
+    assert all(f"{remedy}" in line for line in told)
+
+
+def test_only_the_first_worker_measures(shapes: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(pretrain, "rank", lambda: 1)
+    monkeypatch.setattr(pretrain, "Probes", None)  # building them would fail
+    pretrain.run(recipe(shapes, SIMCLR), tmp_path)
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.distributed import gathered, rank
 
+REMEDIES = (
+    "another optim.lr or method.temperature, milder rows of [augment], or a larger loop.batch_size"
+)
+
 
 def projection_head(*widths: int, last_norm: bool = False, affine: bool = True) -> nn.Sequential:
     """Returns an MLP with BatchNorm and ReLU between its layers.

@@ -61,18 +61,22 @@ class Method(Objective):
     """Base of the methods.
 
     `forward` is given `images` (V * B, 3, H, W), the first view of every image before the second,
-    `indices` (B,), and where `reads_captions` also `token_ids` (B, T) and `lengths` (B,).
+    `indices` (B,), and where `reads_captions` also `token_ids` (B, T) and `lengths` (B,). Beside
+    the loss it returns `of_chance`, the loss as a share of what knowing nothing would cost: it
+    stays at 1 where nothing is learnt.
 
     Attributes:
         views: V, how many views of an image a batch holds.
         reads_captions: Whether it learns from captions, one drawn per image and epoch.
         divisible: Whether the loss of a batch is the mean of its parts' losses, so that batches may
             be accumulated. Contrastive losses compare the images of a batch and are not.
+        remedies: What may help where nothing is learnt, in words.
     """
 
     views: ClassVar[int] = 1
     reads_captions: ClassVar[bool] = False
     divisible: ClassVar[bool] = True
+    remedies: ClassVar[str] = "another optim.lr"
 
     def __init__(self, config: MethodConfig, encoder: Any, setting: Setting) -> None:
         super().__init__()
@@ -81,14 +85,17 @@ class Method(Objective):
         freeze_prefixes(self, config.frozen)
         self._keeps_statistics = config.keep_statistics
 
+    def encoders(self) -> list[nn.Module]:
+        """Returns the encoder and the copies of it that a method holds."""
+        return [self.encoder]
+
     def train(self, mode: bool = True) -> Self:
         """Sets the mode of all but BatchNorms that keep their statistics."""
         super().train(mode)
-        if self._keeps_statistics:
-            for copy in (self.encoder, getattr(self, "momentum_encoder", None)):
-                for module in copy.modules() if copy is not None else ():
-                    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                        module.eval()
+        for encoder in self.encoders() if self._keeps_statistics else ():
+            for module in encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def preparation(self) -> Preparation | None:

@@ -56,6 +56,8 @@ class Config(MethodConfig):
 class Method(BaseMethod):
     """See the module."""
 
+    remedies = "another optim.lr, or a tokenizer that is trained longer or has fewer ids"
+
     def __init__(self, config: Config, encoder: Any, setting: Setting) -> None:
         super().__init__(config, encoder, setting)
         check_patches(encoder, "beit")
@@ -91,15 +93,17 @@ class Method(BaseMethod):
         """Returns the loss, how often the likeliest token is right, and how many tokens there are.
 
         `token_perplexity` is what the batch's targets make use of: were it near 1, there would be
-        nothing to learn.
+        nothing to learn. At chance all ids are equally likely.
         """
         images = batch["images"]
         draw = random.Random(int(torch.randint(2**62, ())))
         mask = self._masks(len(images), draw).to(images.device)
         token_ids = self.tokenizer.token_ids(images)
         logits = self._hidden_logits(images, mask)
+        loss = F.cross_entropy(logits, token_ids[mask])
         return {
-            "loss": F.cross_entropy(logits, token_ids[mask]),
+            "loss": loss,
+            "of_chance": loss.detach() / math.log(self.tokenizer.vocab_size),
             "accuracy": (logits.argmax(1) == token_ids[mask]).float().mean(),
             "token_perplexity": perplexity(token_ids, self.tokenizer.vocab_size),
         }

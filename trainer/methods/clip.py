@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.distributed import gathered
-from trainer.methods._contrastive import Pooled, in_chunks
+from trainer.methods._contrastive import REMEDIES, Pooled, in_chunks
 from trainer.methods._method import Method as BaseMethod
 from trainer.methods._method import MethodConfig, Setting
 from trainer.text_encoder import TextEncoder, TextEncoderConfig
@@ -45,6 +45,7 @@ class Method(BaseMethod):
 
     reads_captions = True
     divisible = False
+    remedies = REMEDIES
 
     def __init__(self, config: Config, encoder: Any, setting: Setting) -> None:
         super().__init__(config, encoder, setting)
@@ -58,7 +59,10 @@ class Method(BaseMethod):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the loss, exp(s), and how often the nearest caption is a right one."""
+        """Returns the loss, exp(s), and how often the nearest caption is a right one.
+
+        At chance an image takes any caption of the batch for its own.
+        """
         pooled = in_chunks(Pooled(self.encoder), batch["images"], self._chunk)
         images = F.normalize(self.image_projection(pooled).float(), dim=1)
         captions = self.text_encoder(batch["token_ids"], batch["lengths"])
@@ -70,7 +74,12 @@ class Method(BaseMethod):
         with torch.no_grad():
             hits = targets.gather(1, logits.argmax(1, keepdim=True)).gt(0).float().mean()
         loss = clip_loss(logits, targets)
-        return {"loss": loss, "logit_scale": scale.detach(), "caption_accuracy": hits}
+        return {
+            "loss": loss,
+            "of_chance": loss.detach() / math.log(len(logits)),
+            "logit_scale": scale.detach(),
+            "caption_accuracy": hits,
+        }
 
     def _full_length(self, token_ids: Tensor) -> Tensor:
         """Returns (B, longest), as wide as every other worker's."""

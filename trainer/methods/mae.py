@@ -4,7 +4,7 @@ He et al., 2021, "Masked Autoencoders Are Scalable Vision Learners",
 https://arxiv.org/abs/2111.06377:
 
     visible = encoder(patches[ids_keep])
-    prediction = decoder(unshuffle(visible, mask tokens) + positions)
+    prediction = decoder(visible and mask tokens, with the positions of their places)
     loss = mean over masked patches of |prediction - (patch - mean) / sqrt(var + 1e-6)|^2 / pixels,
 
 with mean and (unbiased) variance of each patch's own pixels.
@@ -17,12 +17,15 @@ Departures:
    (8 blocks of 512).
 """
 
+import math
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from trainer.encoders.timm_vit import transformer_blocks
 from trainer.errors import ConfigError
 from trainer.methods._masked import (
     check_patches,
@@ -53,6 +56,8 @@ class Config(MethodConfig):
 class Method(BaseMethod):
     """See the module."""
 
+    remedies = "another optim.lr, a lower method.mask_ratio, or larger patches"
+
     def __init__(self, config: Config, encoder: Any, setting: Setting) -> None:
         super().__init__(config, encoder, setting)
         check_patches(encoder, "mae")
@@ -64,15 +69,14 @@ class Method(BaseMethod):
         self.decoder = Decoder(config, encoder)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the loss, and its share of what predicting 0 everywhere would cost."""
+        """Returns the loss; at chance every pixel is guessed to be 0, its patch's mean."""
         images = batch["images"]
         noise = torch.rand(len(images), self._patches, device=images.device)
-        ids_keep, ids_restore, mask = shuffled(noise, self._visible)
-        prediction = self._predict(images, ids_keep, ids_restore)
-        target, _, _ = self._target(images)
-        loss = masked_error(prediction, target, mask)
-        zero = masked_error(torch.zeros_like(target), target, mask)
-        return {"loss": loss, "of_zero_predictor": loss.detach() / zero.clamp(min=_EPSILON)}
+        ids_keep, ids_hide = shuffled(noise, self._visible)
+        target, _, _ = self._target(images, ids_hide)
+        loss = F.mse_loss(self._predict(images, ids_keep, ids_hide), target)
+        zero = target.square().mean()
+        return {"loss": loss, "of_chance": loss.detach() / zero.clamp(min=_EPSILON)}
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
@@ -84,27 +88,32 @@ class Method(BaseMethod):
         noise = torch.rand(
             len(images), self._patches, generator=torch.Generator().manual_seed(0)
         ).to(images.device)
-        ids_keep, ids_restore, mask = shuffled(noise, self._visible)
-        _, mean, deviation = self._target(images)
-        patches = self._predict(images, ids_keep, ids_restore) * deviation + mean
-        predicted = self.encoder.denormalise(unpatchify(patches, self._grid, self._patch))
+        ids_keep, ids_hide = shuffled(noise, self._visible)
+        _, mean, deviation = self._target(images, ids_hide)
+        predicted = self._predict(images, ids_keep, ids_hide) * deviation + mean
+        pixels = self.encoder.denormalise(
+            unpatchify(predicted, (ids_hide.shape[1], 1), self._patch)
+        )
+        patches = patchify(images, self._patch)
+        places = ids_hide[:, :, None].expand(-1, -1, patches.shape[2])
+        patches = patches.scatter(1, places, patchify(to_pixels(pixels), self._patch))
+        reconstruction = unpatchify(patches, self._grid, self._patch)
+        mask = torch.zeros_like(noise, dtype=torch.bool).scatter_(1, ids_hide, True)
         hidden = pixel_mask(mask, self._grid, self._patch)
-        reconstruction = torch.where(hidden, to_pixels(predicted), images)
         return torch.stack([greyed(images, hidden), reconstruction, images], dim=1)
 
-    def _predict(self, images: Tensor, ids_keep: Tensor, ids_restore: Tensor) -> Tensor:
+    def _predict(self, images: Tensor, ids_keep: Tensor, ids_hide: Tensor) -> Tensor:
         tokens = self.encoder.visible_tokens(images, ids_keep)
-        prediction: Tensor = self.decoder(tokens, ids_restore)
+        prediction: Tensor = self.decoder(tokens, ids_keep, ids_hide)
         return prediction.float()
 
-    def _target(self, images: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """Returns what is predicted (B, N, P), and the mean and deviation taken out of it."""
-        patches = patchify(self.encoder.normalise(images), self._patch)
-        if not self._norm_pix:
-            return patches, 0.0, 1.0
-        mean = patches.mean(2, keepdim=True)
-        deviation = (patches.var(2, keepdim=True) + _EPSILON).sqrt()
-        return (patches - mean) / deviation, mean, deviation
+    def _target(
+        self, images: Tensor, ids_hide: Tensor
+    ) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Returns what is predicted (B, M, P), and the mean and deviation taken out of it."""
+        hidden = self.encoder.cut_out(images, ids_hide)
+        patches = patchify(self.encoder.normalise(hidden), self._patch)
+        return standardised(patches) if self._norm_pix else (patches, 0.0, 1.0)
 
 
 class Decoder(nn.Module):
@@ -128,20 +137,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.empty(width))
         self.register_buffer("position", sin_cos_positions(encoder.grid, width), persistent=False)
-        blocks = (
-            nn.TransformerEncoderLayer(
-                width,
-                heads,
-                4 * width,
-                dropout=0.0,
-                activation="gelu",
-                layer_norm_eps=_EPSILON,
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(config.decoder_layers)
-        )
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = transformer_blocks(config.decoder_layers, width, heads)
         self.norm = nn.LayerNorm(width, eps=_EPSILON)
         self.to_pixels = nn.Linear(width, encoder.patch[0] * encoder.patch[1] * 3)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -150,54 +146,45 @@ class Decoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
-        """Returns (B, N, P), P the pixels of a patch times 3.
+    def forward(self, tokens: Tensor, ids_keep: Tensor, ids_hide: Tensor) -> Tensor:
+        """Returns the hidden patches (B, M, P), P the pixels of a patch times 3.
+
+        Tokens stay in their shuffled order, as attention does not know it; positions go with them.
 
         Args:
             tokens: (B, prefix + V, D), prefix tokens and V visible patches.
-            ids_restore: (B, N), each patch's place in the shuffled order.
+            ids_keep: (B, V), which patches these are.
+            ids_hide: (B, M), which ones are guessed.
         """
         embedded = self.embed(tokens)
         prefix, visible = embedded.tensor_split([self._prefix], dim=1)
-        hidden = ids_restore.shape[1] - visible.shape[1]
-        masked = self.mask_token.to(visible.dtype).expand(len(visible), hidden, -1)
-        patches = unshuffled(torch.cat([visible, masked], dim=1), ids_restore) + self.position
-        decoded = self.norm(self.blocks(torch.cat([prefix, patches], dim=1)))
-        pixels: Tensor = self.to_pixels(decoded[:, self._prefix :])
+        visible = visible + self.position[ids_keep]
+        guessed = self.mask_token + self.position[ids_hide]
+        decoded = self.blocks(torch.cat([prefix, visible, guessed.to(visible.dtype)], dim=1))
+        pixels: Tensor = self.to_pixels(self.norm(decoded[:, -ids_hide.shape[1] :]))
         return pixels
 
 
-def shuffled(noise: Tensor, visible: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns a random order of each image's patches, of which the first are visible.
+def shuffled(noise: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    """Returns which patches of each image are seen and which are not, both in a random order.
 
     Args:
         noise: (B, N); a patch stands where its noise stands among the sorted.
         visible: V.
 
     Returns:
-        ids_keep (B, V), the visible patches; ids_restore (B, N), each patch's place in the order;
-        mask (B, N), true where a patch is hidden.
+        ids_keep (B, V) and ids_hide (B, N - V).
     """
-    ids_shuffle = noise.argsort(1)
-    ids_restore = ids_shuffle.argsort(1)
-    return ids_shuffle[:, :visible], ids_restore, ids_restore >= visible
+    ids_keep, ids_hide = noise.argsort(1).tensor_split([visible], dim=1)
+    return ids_keep, ids_hide
 
 
-def unshuffled(tokens: Tensor, ids_restore: Tensor) -> Tensor:
-    """Returns tokens (B, N, D), given in the shuffled order, in the order of the image."""
-    return tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-
-def masked_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Returns the mean squared error over the masked patches.
-
-    Args:
-        prediction: (B, N, P).
-        target: (B, N, P).
-        mask: (B, N), as many true in each row: then it is the mean of the images' errors too.
-    """
-    errors = (prediction - target).square().mean(2)
-    return (errors * mask).sum() / mask.sum()
+def standardised(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns patches (B, M, P) less their own mean over their deviation, and these (B, M, 1)."""
+    pixels = patches.shape[2]
+    share = (pixels - 1) / pixels  # of the paper's variance in the one that a layer norm takes
+    normed, mean, rate = torch.native_layer_norm(patches, [pixels], None, None, share * _EPSILON)
+    return normed * math.sqrt(share), mean, 1 / (rate * math.sqrt(share))
 
 
 def sin_cos_positions(grid: tuple[int, int], width: int) -> Tensor:

@@ -28,9 +28,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.distributed import gathered
+from trainer.distributed import gathered, world_size
 from trainer.errors import ConfigError
-from trainer.methods._contrastive import Pooled, in_chunks, info_nce, projection_head
+from trainer.methods._contrastive import REMEDIES, Pooled, in_chunks, info_nce, projection_head
 from trainer.methods._method import Method as BaseMethod
 from trainer.methods._method import MethodConfig, Setting
 
@@ -60,6 +60,7 @@ class Method(BaseMethod):
 
     views = 2
     divisible = False
+    remedies = REMEDIES
     queue: Tensor
     pointer: Tensor
 
@@ -84,9 +85,19 @@ class Method(BaseMethod):
         self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
         self._new_keys: list[Tensor] = []
 
+    def encoders(self) -> list[nn.Module]:
+        """Returns the encoder and its slow copy."""
+        return [self.encoder, self.momentum_encoder]
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the loss."""
-        return {"loss": self._symmetric(batch) if self._v3 else self._with_queue(batch)}
+        """Returns the loss; at chance a query takes any key for its own, all with one loss."""
+        if self._v3:
+            loss = self._symmetric(batch)
+            images = len(batch["images"]) // 2 * world_size()
+            chance = 4 * self._config.temperature * math.log(images)
+        else:
+            loss, chance = self._with_queue(batch), math.log(len(self.queue) + 1)
+        return {"loss": loss, "of_chance": loss.detach() / chance}
 
     def _with_queue(self, batch: dict[str, Any]) -> Tensor:
         first, second = batch["images"].chunk(2)

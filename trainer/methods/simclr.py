@@ -8,6 +8,7 @@ https://arxiv.org/abs/2002.05709:
 The head is thrown away: what is kept is the encoder, whose h keeps what z has learnt to ignore.
 """
 
+import math
 from typing import Any
 
 from pydantic import Field
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.distributed import gathered
-from trainer.methods._contrastive import Pooled, in_chunks, nt_xent, projection_head
+from trainer.methods._contrastive import REMEDIES, Pooled, in_chunks, nt_xent, projection_head
 from trainer.methods._method import Method as BaseMethod
 from trainer.methods._method import MethodConfig, Setting
 
@@ -40,6 +41,7 @@ class Method(BaseMethod):
 
     views = 2
     divisible = False
+    remedies = REMEDIES
 
     def __init__(self, config: Config, encoder: Any, setting: Setting) -> None:
         super().__init__(config, encoder, setting)
@@ -48,8 +50,9 @@ class Method(BaseMethod):
         self.head = projection_head(*widths)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Returns the loss."""
+        """Returns the loss; at chance each view takes any other of the 2N for its positive."""
         pooled = in_chunks(Pooled(self.encoder), batch["images"], self._config.chunk)
         views = F.normalize(self.head(pooled).float(), dim=1).chunk(2)
         first, second = (gathered(view) for view in views)
-        return {"loss": nt_xent(first, second, self._config.temperature)}
+        loss = nt_xent(first, second, self._config.temperature)
+        return {"loss": loss, "of_chance": loss.detach() / math.log(2 * len(first) - 1)}

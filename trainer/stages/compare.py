@@ -29,6 +29,7 @@ from trainer.metrics import cider
 from trainer.photos import usable_examples
 from trainer.probes import Probes
 from trainer.run import PretrainRecipe, claimed
+from trainer.runlog import read_log
 from trainer.stages import pretrain
 from trainer.stages._arms import Arm, Config, baseline_of, pretrain_recipe, read_arms
 from trainer.verdict import judge
@@ -135,23 +136,24 @@ class _Bench:
         torch.manual_seed(seed)  # as `pretrain` does: the encoder that the run begins with
         module, encoder_config = variants.parse("encoders", arm.encoder)
         encoder = module.Encoder(encoder_config, (config.image.height, config.image.width))
-        encoder.to(device_of(config.loop)).eval()
-        before = after = self.probes.measure(encoder)
-        start = before.get(_CAPTION_PROBE, math.nan)
-        if not math.isfinite(start):
+        # Laid out as in training, so that the same encoder gives the same figures.
+        encoder.to(device=device_of(config.loop), memory_format=torch.channels_last).eval()
+        if arm.method is None:
+            figures, budget = [(0.0, self.probes.measure(encoder))], None
+        else:
+            recipe, folder = pretrain_recipe(config, name, arm, seed), self.folder_of(name, seed)
+            images = len(_captioned(self.examples) if _reads_captions(arm) else self.examples)
+            result = _train(recipe, folder, images, self.probes)
+            load_kept_weights(encoder, folder / CHECKPOINT, "encoder.")
+            epochs = recipe.loop.epochs
+            figures = _logged(folder, epochs / result.steps)
+            budget = Budget(images, epochs, recipe.loop.batch_size, result.steps, result.seconds)
+        before, after = figures[0][1], figures[-1][1]
+        if not math.isfinite(before.get(_CAPTION_PROBE, math.nan)):
             raise DataError(
                 f"arm {name!r}: the features that its encoder begins with are not finite"
             )
-        curve, budget = [(0.0, start)], None
-        if arm.method is not None:
-            recipe, folder = pretrain_recipe(config, name, arm, seed), self.folder_of(name, seed)
-            images = len(_captioned(self.examples) if _reads_captions(arm) else self.examples)
-            result = _train(recipe, folder, images)
-            load_kept_weights(encoder, folder / CHECKPOINT, "encoder.")
-            after = self.probes.measure(encoder)
-            epochs = recipe.loop.epochs
-            curve += _curve(folder / "log.jsonl", epochs / result.steps)
-            budget = Budget(images, epochs, recipe.loop.batch_size, result.steps, result.seconds)
+        curve = [(epoch, row[_CAPTION_PROBE]) for epoch, row in figures if _CAPTION_PROBE in row]
         scores = self.probes.caption_scores(encoder)
         return RunFigures(seed, before, after, scores.per_image[:, 0], curve, budget)
 
@@ -172,7 +174,7 @@ def _run_all(config: Config, arms: dict[str, Arm], bench: _Bench) -> dict[str, l
     return runs
 
 
-def _train(recipe: PretrainRecipe, folder: Path, images: int) -> Result:
+def _train(recipe: PretrainRecipe, folder: Path, images: int, probes: Probes) -> Result:
     """Trains a run to its end, unless `result.json` says that this has been done."""
     path, checkpoint = folder / RESULT, folder / CHECKPOINT
     if path.exists() and checkpoint.exists():
@@ -186,7 +188,7 @@ def _train(recipe: PretrainRecipe, folder: Path, images: int) -> Result:
         return result
     begun = load_checkpoint(checkpoint)[1]["step"] if checkpoint.exists() else 0
     since = time.perf_counter()
-    pretrain.run(recipe, folder)
+    pretrain.run(recipe, folder, probes=probes)
     elapsed = time.perf_counter() - since
     steps = load_checkpoint(checkpoint)[1]["total"]
     seconds = elapsed * steps / (steps - begun) if begun < steps else None
@@ -197,13 +199,12 @@ def _train(recipe: PretrainRecipe, folder: Path, images: int) -> Result:
     return result
 
 
-def _curve(log: Path, epochs_per_step: float) -> list[tuple[float, float]]:
-    """Returns the caption probe of a run's log by epoch, from the first one on."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+def _logged(folder: Path, epochs_per_step: float) -> list[tuple[float, dict[str, float]]]:
+    """Returns what the probes of a run said, each time with the epochs trained by then."""
     return [
-        (row["step"] * epochs_per_step, row[_CAPTION_PROBE])
-        for row in rows
-        if row["step"] and row.get(_CAPTION_PROBE) is not None
+        (row["step"] * epochs_per_step, {k: v for k, v in row.items() if k.startswith("probe/")})
+        for row in read_log(folder)
+        if "probe/rankme" in row
     ]
 
 

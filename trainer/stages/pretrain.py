@@ -5,6 +5,7 @@ curves, and `pictures.png` where the method has pictures to show.
 """
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from trainer import variants
 from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, describe, read_examples
 from trainer.dataset import ViewDataset, flips, framed
+from trainer.distributed import rank
 from trainer.errors import ConfigError, DataError
 from trainer.loop import TrainingLoop
 from trainer.methods._method import Method, Preparation, Setting
@@ -34,12 +36,18 @@ CHANGEABLE: Any = {
     "loop": {"workers", "save_every", "evaluate_every", "device"},
     "probe": True,
 }
+_LEARNING = 0.99  # the share of what knowing nothing costs below which something is learnt
 _PICTURED = 8  # images of `pictures.png`
 _LEGIBLE = 192  # pixels across, of each
 
 
-def run(config: Config, out_dir: Path) -> None:
+def run(config: Config, out_dir: Path, *, probes: Probes | None = None) -> None:
     """Trains (or goes on training) the recipe's method in `out_dir`.
+
+    Args:
+        config: the recipe.
+        out_dir: the run's folder.
+        probes: what measures the encoder; by default as `[probe]` says.
 
     Raises:
         CheckpointError: another process trains there, or the run there is of another recipe.
@@ -47,10 +55,10 @@ def run(config: Config, out_dir: Path) -> None:
         DivergenceError: a loss is not a number.
     """
     with claimed(config, out_dir, changeable=CHANGEABLE):
-        _train(config, out_dir)
+        _train(config, out_dir, probes)
 
 
-def _train(config: Config, out_dir: Path) -> None:
+def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
     module, method_config = variants.parse("methods", config.method)
     if module.Method.reads_captions:
         for augment in (config.augment, config.second_view or config.augment):
@@ -82,8 +90,11 @@ def _train(config: Config, out_dir: Path) -> None:
         pad_id=text.pad_id if text else 0,
         flips=[flips(example.captions) for example in examples] if text else None,
     )
+    report = None
+    if rank() == 0:
+        probes = probes or Probes(config.probe, config.image, examples, seed=config.seed)
+        report = Report(config, probes, images, method, out_dir)
     _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
-    report = Report(config, examples, images, method, out_dir)
     TrainingLoop(
         method,
         dataset,
@@ -91,9 +102,9 @@ def _train(config: Config, out_dir: Path) -> None:
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=report.measure,
+        evaluate=report.measure if report else None,
         evaluate_first=True,
-        after_evaluation=report.draw,
+        after_evaluation=report.draw if report else None,
     ).run()
 
 
@@ -174,13 +185,13 @@ class Report:
     def __init__(
         self,
         config: Config,
-        examples: list[Example],
+        probes: Probes,
         images: NDArray[np.uint8],
         method: Method,
         out_dir: Path,
     ) -> None:
-        self._method, self._folder = method, out_dir
-        self._probes = Probes(config.probe, config.image, examples, seed=config.seed)
+        self._config, self._method, self._folder = config, method, out_dir
+        self._probes = probes
         # Of a run that goes on; one that begins measures them itself.
         self._first = next((row for row in read_log(out_dir) if row["step"] == 0), {})
         self._pictured = images[:: max(1, len(images) // _PICTURED)][:_PICTURED]
@@ -191,9 +202,24 @@ class Report:
         figures = self._probes.measure(self._method.encoder)
         if epoch < 0:
             self._first = figures
-        elif alarm := collapse_alarm(figures, self._first):
-            tqdm.write(f"WARNING, epoch {epoch + 1}: {alarm}")
+        else:
+            for alarm in (collapse_alarm(figures, self._first), self._chance_alarm(epoch)):
+                if alarm:
+                    tqdm.write(f"WARNING, epoch {epoch + 1}: {alarm}")
         return figures
+
+    def _chance_alarm(self, epoch: int) -> str | None:
+        """Returns that nothing is learnt, if the loss of the epoch says so after the warm-up."""
+        if epoch < 1 + self._config.optim.warmup * self._config.loop.epochs:
+            return None
+        shares = [row["of_chance"] for row in read_log(self._folder) if "of_chance" in row]
+        share = mean(shares[-self._method.setting.epoch_steps :])
+        if share < _LEARNING:
+            return None
+        return (
+            f"the loss is {share:.3f} of what knowing nothing costs: nothing is learnt; try "
+            f"{self._method.remedies}"
+        )
 
     def draw(self) -> None:
         """Renews `curves.png` and `pictures.png`."""

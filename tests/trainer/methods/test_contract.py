@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,18 +18,19 @@ from trainer.stages import finetune, pretrain
 
 METHODS = variants.names("methods")
 BATCH = 4
+pytestmark = pytest.mark.usefixtures("no_curves")
+# Sizes that make these tests fast; a method that is not here is tested as it is by default.
+SMALL: dict[str, dict[str, Any]] = {
+    "beit": {"tokenizer": {"name": "dvae", "vocab_size": 32, "width": 16, "epochs": 2}},
+    "clip": {"width": 32, "text": {"width": 32, "layers": 1}},
+    "mae": {"decoder_width": 64, "decoder_layers": 2, "decoder_heads": 4},
+    "moco": {"hidden": 64, "width": 32},
+    "simclr": {"hidden": 64, "width": 32},
+}
 
 
 class Killed(Exception):
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_curves():
-    """Drawing takes longer than these runs; test_plots.py and test_pretrain.py see to it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "plot_log", lambda folder: None)
-        yield
 
 
 @pytest.fixture(params=METHODS)
@@ -36,9 +38,13 @@ def name(request) -> str:
     return request.param
 
 
+def table(name: str, **keys: Any) -> dict[str, Any]:
+    return {"name": name, **SMALL.get(name, {}), **keys}
+
+
 def prepared(name: str):
     """A method that has done what it must do first."""
-    method = method_of({"name": name}, batch=BATCH)
+    method = method_of(table(name), batch=BATCH)
     if preparation := method.preparation():
         optimizer = torch.optim.AdamW(preparation.objective.parameters(), lr=preparation.lr)
         preparation.objective.train()
@@ -58,22 +64,34 @@ def test_eight_images_are_learnt_by_heart(name: str) -> None:
     weights = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-3)
     whole = batch_of(method, 8)
-    losses = []
+    shares = []
     for step in range(200):
         torch.manual_seed(step)
         rows = torch.randperm(8)[:BATCH]
         views = [view[rows] for view in whole["images"].chunk(method.views)]
         batch = {key: value[rows] for key, value in whole.items() if key != "images"}
         optimizer.zero_grad()
-        loss = method({**batch, "images": torch.cat(views)})["loss"]
-        loss.backward()
+        losses = method({**batch, "images": torch.cat(views)})
+        losses["loss"].backward()
         optimizer.step()
         method.after_step(step + 1)
-        losses.append(loss.item())
-        start, end = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
-        if len(losses) > 20 and end < 0.7 * start:
+        shares.append(losses["of_chance"].item())
+        start, end = sum(shares[:10]) / 10, sum(shares[-10:]) / 10
+        if len(shares) > 20 and end < min(start, 1) / 2:
             return
-    pytest.fail(f"the loss went from {start} to {end} only")
+    pytest.fail(f"the loss went from {start} to {end} of chance only")
+
+
+def test_what_chance_costs_is_known(name: str) -> None:
+    """Weights of 0 know nothing: nothing about images, and nothing of one token over another."""
+    method = prepared(name).eval()
+    batch = batch_of(method, BATCH)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            if parameter.requires_grad and parameter.ndim:
+                parameter.zero_()
+        losses = method(batch)
+    assert losses["of_chance"].item() == pytest.approx(1, abs=1e-4)
 
 
 def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
@@ -87,7 +105,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(name: str) -> None:
 
 
 def test_frozen_parameters_stay(name: str) -> None:
-    method = method_of({"name": name, "frozen": ["encoder.backbone.patch_embed"]}, batch=BATCH)
+    method = method_of(table(name, frozen=["encoder.backbone.patch_embed"]), batch=BATCH)
     patch = method.encoder.backbone.patch_embed
     assert not any(parameter.requires_grad for parameter in patch.parameters())
 
@@ -123,7 +141,7 @@ def whole(shapes, tmp_path_factory):
     def run(name: str) -> Path:
         if name not in found:
             found[name] = tmp_path_factory.mktemp(name)
-            pretrain.run(recipe(shapes, {"name": name}), found[name])
+            pretrain.run(recipe(shapes, table(name)), found[name])
         return found[name]
 
     return run
@@ -146,9 +164,9 @@ def test_a_killed_run_goes_on_bit_for_bit(
     monkeypatch.setattr(TrainingLoop, "_train_step", step)
     for _ in range(2):  # a preparation is killed once more
         with pytest.raises(Killed):
-            pretrain.run(recipe(shapes, {"name": name}), tmp_path)
+            pretrain.run(recipe(shapes, table(name)), tmp_path)
     monkeypatch.undo()
-    pretrain.run(recipe(shapes, {"name": name}), tmp_path)
+    pretrain.run(recipe(shapes, table(name)), tmp_path)
     assert log(tmp_path) == log(whole(name))
     first, _ = load_checkpoint(whole(name) / "last.safetensors")
     second, _ = load_checkpoint(tmp_path / "last.safetensors")
@@ -157,7 +175,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 def test_finetuning_starts_from_its_checkpoint(name: str, whole, shapes, tmp_path: Path) -> None:
-    run = recipe(shapes, {"name": name})
+    run = recipe(shapes, table(name))
     finetune.run(
         Recipe.model_validate(
             {
