@@ -169,6 +169,22 @@ def test_a_loss_that_stays_at_chance_is_told(
     assert all(f"{remedy}" in line for line in told)
 
 
+@pytest.mark.parametrize("table", [SMALL_MAE, BEIT])
+def test_features_that_become_the_same_for_all_images_are_told(
+    table: dict[str, Any], shapes: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    @torch.no_grad()
+    def collapse(self, step: int) -> None:
+        self.encoder.backbone.norm.weight.zero_()
+        self.encoder.backbone.norm.bias.fill_(0.3)
+
+    monkeypatch.setattr(variants.load("methods", table["name"]).Method, "after_step", collapse)
+    pretrain.run(recipe(shapes, table, loop={"epochs": 1, "ema": 0.0}), tmp_path)
+    said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(said) == 1
+    assert said[0].startswith("WARNING, epoch 1: all images have nearly the same features (spread")
+
+
 def test_only_the_first_worker_measures(shapes: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(pretrain, "rank", lambda: 1)
     monkeypatch.setattr(pretrain, "Probes", None)  # building them would fail

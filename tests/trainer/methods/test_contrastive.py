@@ -242,14 +242,15 @@ def test_chunks_count_into_running_statistics_once() -> None:
         assert torch.equal(mine, theirs), name
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("name", ["simclr", "moco"])
-def test_statistics_are_kept_where_that_is_asked(name: str) -> None:
-    method = method_of({"name": name, "keep_statistics": True}, encoder=CNN, batch=4).train()
+def test_statistics_are_kept_where_that_is_asked(name: str, kept: bool) -> None:
+    method = method_of({"name": name, "keep_statistics": kept}, encoder=CNN, batch=4).train()
     before = {key: value.clone() for key, value in method.named_buffers() if "running" in key}
     method(batch_of(method, 4))["loss"].backward()
     after = dict(method.named_buffers())
     inside = [key for key in before if "encoder" in key]
-    assert inside and all(torch.equal(before[key], after[key]) for key in inside)
+    assert inside and all(torch.equal(before[key], after[key]) == kept for key in inside)
     assert all(p.grad is not None for p in method.encoder.parameters())
 
 
