@@ -1,5 +1,7 @@
-"""The tiny recipes of all methods: each makes an encoder that is worth more than a random one."""
+"""The tiny recipes: methods make an encoder worth more than a random one, objectives learn."""
 
+import csv
+import random
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,9 @@ import torch
 
 from trainer import variants
 from trainer.__main__ import main
+from trainer.data import Example, read_examples, write_coco
 from trainer.runlog import read_log
+from trainer.stages import bootstrap, shapecaps
 
 RECIPES = Path("trainer/recipes/tiny")
 
@@ -36,3 +40,61 @@ def test_a_method_makes_a_random_encoder_worth_more(
     worth = [row["probe/caption_cider"] for row in read_log(tmp_path) if "probe/rankme" in row]
     assert worth[-1] > worth[0] + 0.1
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "figure", "worst"),
+    [
+        ("mlm", "dev/token_accuracy", 0.75),
+        ("itc", "dev/IR R@10", 0.9),
+        ("itm", "dev/ITM AUC", 0.9),
+        ("blip", "dev/CIDEr-D", 2.0),
+    ],
+)
+def test_an_objective_on_pairs_learns_from_random_weights(
+    name: str, figure: str, worst: float, drawings: Path, tmp_path: Path
+) -> None:
+    assert finetuned(name, drawings, tmp_path)[figure] > worst
+
+
+def finetuned(name: str, drawings: Path, folder: Path) -> dict[str, float]:
+    """Returns the last figures of a tiny recipe that is trained in `folder`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    train, dev = drawings / "captions_train.json", drawings / "captions_dev.json"
+    paths = [f"data.train={train}", f"data.dev={dev}"]
+    assert main(["finetune", str(RECIPES / f"{name}.toml"), "--out", str(folder), *paths]) == 0
+    torch.set_num_threads(threads)
+    return [row for row in read_log(folder) if "dev/ITM AUC" in row][-1]
+
+
+@pytest.mark.slow
+def test_a_filter_finds_most_of_the_wrong_captions(drawings: Path, tmp_path: Path) -> None:
+    finetuned("itm", drawings, tmp_path / "itm")
+    more = tmp_path / "more"
+    shapecaps.run(shapecaps.Config(images=400, dev=1, seed=1), more)
+    drawn, draw = read_examples(more / "captions_train.json"), random.Random(0)
+    truth, web = {}, []
+    for number, example in enumerate(drawn):
+        true = number % 5 < 3  # 40 % of the captions are another image's
+        while True:
+            caption = draw.choice((example if true else draw.choice(drawn)).captions)
+            if (caption in example.captions) == true:
+                break
+        truth[str(example.image.resolve())] = true
+        web.append(Example(example.image, (caption,), None))
+    write_coco(web, tmp_path / "web.json", images=more / "images")
+    table = {
+        "captioner": tmp_path / "itm",
+        "labelled": {"data": drawings / "captions_train.json"},
+        "held_out": {"data": drawings / "captions_dev.json"},
+        "web": {"data": tmp_path / "web.json", "images": more / "images"},
+        "wrong": 0.4,
+    }
+    bootstrap.run(bootstrap.Config.model_validate(table), tmp_path / "out")
+    with (tmp_path / "out/captions.csv").open(encoding="utf-8", newline="") as file:
+        kept = [row["image"] for row in csv.DictReader(file) if row["source"] == "web"]
+    right = sum(truth[image] for image in kept)
+    assert right / len(kept) >= 0.9
+    assert right / sum(truth.values()) >= 0.8

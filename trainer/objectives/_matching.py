@@ -9,23 +9,33 @@ learnt, and `itm_gain` is by how much.
 Departures:
 
 1. All C captions of an image take part, and the image gets as many other texts.
-2. A caption of the image itself, or one that reads the same, is never a negative.
-3. Both sides of a similarity come from the captioner itself, not from a slower copy.
+2. `easy_negatives` draws a share of the negatives without regard to similarity. The hardest of a
+   small batch, all hard from the start, can keep a small model at the constant answer for good.
+3. A caption of the image itself, or one that reads the same, is never a negative.
+4. Both sides of a similarity come from the captioner itself, not from a slower copy.
 """
 
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.attention import Memory
 from trainer.captioner import Captioner
 from trainer.errors import ConfigError
-from trainer.objectives._captioning import IGNORE_INDEX
+from trainer.objectives._captioning import IGNORE_INDEX, CaptioningConfig
 from trainer.objectives._pairs import matcher_of
 
 _FLOOR = 1e-4
+
+
+class MatchingConfig(CaptioningConfig):
+    """Keys of the objectives that match."""
+
+    easy_negatives: float = Field(default=0.0, ge=0, le=1)
+    """Share of the negatives that are drawn without regard to similarity."""
 
 
 def matching_loss(
@@ -34,6 +44,8 @@ def matching_loss(
     batch: dict[str, Any],
     similarity: Tensor,
     right: Tensor,
+    *,
+    easy: float,
 ) -> dict[str, Tensor]:
     """Returns the cross-entropy, what it gains on a constant answer, and the accuracy.
 
@@ -43,6 +55,7 @@ def matching_loss(
         batch: their captions, as `CaptionDataset.collate` makes it.
         similarity: (B, R), of images to captions, divided by the temperature.
         right: (B, R), whether a caption describes an image.
+        easy: share of easy negatives.
 
     Raises:
         ConfigError: a batch of one image, which has no negatives.
@@ -52,10 +65,11 @@ def matching_loss(
         raise ConfigError(
             "matching needs images that a caption does not fit: raise loop.batch_size"
         )
-    other_images, image_found = hard_negatives(similarity.T, right.T)
+    other_images, image_found = hard_negatives(similarity.T, right.T, easy=easy)
     captions = rows // images
     other_texts, text_found = hard_negatives(
-        *(part.repeat_interleave(captions, dim=0) for part in (similarity, right))
+        *(part.repeat_interleave(captions, dim=0) for part in (similarity, right)),
+        easy=easy,
     )
     own = torch.arange(rows, device=similarity.device)
     # Image by image, its own captions and then others; below, every caption with another image.
@@ -85,20 +99,30 @@ def _match(captioner: Captioner, batch: dict[str, Any], texts: Tensor, memory: M
     return matcher.match_logits(captioner.decoder, token_ids, lengths, memory)
 
 
-def hard_negatives(similarity: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def hard_negatives(
+    similarity: Tensor, right: Tensor, *, easy: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Returns a wrong column for every row, the likelier the more similar, and where there is one.
 
     Args:
         similarity: (N, M), logits.
         right: (N, M), columns that are never drawn.
+        easy: share of the wrong columns that are drawn without regard to similarity.
 
     Returns:
         Columns (N,), and truth values (N,): False where all columns are right.
     """
-    weights = (similarity.detach().softmax(1) + _FLOOR).masked_fill(right, 0.0)
     found = ~right.all(1)
+    hard = (similarity.detach().softmax(1) + _FLOOR).masked_fill(right, 0.0)
+    any_wrong = (~right).float()
+    weights = (1 - easy) * _shares(hard) + easy * _shares(any_wrong)
     drawn = torch.multinomial(weights + (~found).unsqueeze(1).float(), 1).squeeze(1)
     return drawn, found
+
+
+def _shares(weights: Tensor) -> Tensor:
+    """Returns each row (N, M) divided by its sum, which may be 0."""
+    return weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
 
 
 def _memory_of(memory: Memory, images: Tensor) -> Memory:

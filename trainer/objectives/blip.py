@@ -17,11 +17,11 @@ from trainer.dataset import CaptionDataset
 from trainer.errors import ConfigError
 from trainer.objectives._captioning import CaptioningObjective, cross_entropy
 from trainer.objectives._contrast import Contrast, ContrastConfig, temperature_of
-from trainer.objectives._matching import matching_loss
+from trainer.objectives._matching import MatchingConfig, matching_loss
 from trainer.objectives._pairs import Labels, belongs, matcher_of
 
 
-class Config(ContrastConfig):
+class Config(ContrastConfig, MatchingConfig):
     """Keys of `[objective] name = "blip"`."""
 
     itc: float = Field(default=1.0, ge=0)
@@ -70,7 +70,8 @@ class Objective(CaptioningObjective):
         with torch.no_grad():
             similarity = images @ captions.T / temperature_of(captioner)
             labels = Labels.of(batch)
-        matching = matching_loss(captioner, memory, batch, similarity, belongs(labels, labels))
+        right, easy = belongs(labels, labels), config.easy_negatives
+        matching = matching_loss(captioner, memory, batch, similarity, right, easy=easy)
         telling, hits = cross_entropy(
             captioner,
             memory,

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from trainer.captioner import Captioner
 from trainer.dataset import CaptionDataset
-from trainer.objectives._captioning import CaptioningConfig, CaptioningObjective
+from trainer.objectives._captioning import CaptioningObjective
 from trainer.objectives._contrast import temperature_of
-from trainer.objectives._matching import matching_loss
+from trainer.objectives._matching import MatchingConfig, matching_loss
 from trainer.objectives._pairs import Labels, belongs, matcher_of
 
 
-class Config(CaptioningConfig):
+class Config(MatchingConfig):
     """Keys of `[objective] name = "itm"`."""
 
 
@@ -35,6 +35,7 @@ class Objective(CaptioningObjective):
         super().__init__(config, captioner)
         del dataset  # whatever this loss needs of it is in the batches
         matcher_of(captioner, "itm")
+        self._easy = config.easy_negatives
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Returns the loss, what it gains on a constant answer, and the accuracy.
@@ -51,4 +52,6 @@ class Objective(CaptioningObjective):
             )
             similarity = matcher.embed_images(pooled) @ captions.T / temperature_of(captioner)
         labels = Labels.of(batch)
-        return matching_loss(captioner, memory, batch, similarity, belongs(labels, labels))
+        return matching_loss(
+            captioner, memory, batch, similarity, belongs(labels, labels), easy=self._easy
+        )

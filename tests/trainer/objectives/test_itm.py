@@ -45,14 +45,16 @@ def test_a_pair_s_own_is_never_drawn() -> None:
         assert (drawn != torch.arange(4)).all()
 
 
-def test_negatives_are_drawn_in_proportion_to_their_weights() -> None:
+@pytest.mark.parametrize("easy", [0.0, 0.5])
+def test_negatives_are_drawn_in_proportion_to_their_weights(easy: float) -> None:
     torch.manual_seed(0)
     similarity = torch.tensor([[9.0, 1.0, 0.2, -0.5, -30.0]])
     right = torch.tensor([[True, False, False, False, False]])
-    drawn, _ = hard_negatives(similarity.expand(20_000, -1), right.expand(20_000, -1))
+    rows = (part.expand(20_000, -1) for part in (similarity, right))
+    drawn, _ = hard_negatives(*rows, easy=easy)
     counts = torch.bincount(drawn, minlength=5)
     weights = similarity[0].softmax(0)[1:] + 1e-4
-    expected = 20_000 * weights / weights.sum()
+    expected = 20_000 * ((1 - easy) * weights / weights.sum() + easy / 4)
     assert counts[0] == 0
     chi_square = ((counts[1:] - expected) ** 2 / expected).sum().item()
     assert chi_square < 16.27  # 3 degrees, p = 0.001
