@@ -96,8 +96,9 @@ def run(config: Config, out_dir: Path) -> None:
     _check_golden(config.golden)
     examples = read_captioned(config.data, config.images, config.split)
     trained = blended(source, config.blend)
+    shown_examples = None
     if config.few_shot is not None:
-        show_examples(config.few_shot, trained, source, examples)
+        shown_examples = show_examples(config.few_shot, trained, source, examples)
     # Integers are rounded from the trained weights; stored floats are what they are rounded to.
     captioner = trained if config.int8 else round_weights(deepcopy(trained))
     print("exporting the graphs ...")
@@ -162,7 +163,7 @@ def run(config: Config, out_dir: Path) -> None:
         defaults=generation,
         golden=golden,
         metrics=metrics,
-        provenance=provenance(source, config.blend, parity),
+        provenance=provenance(source, config.blend, parity) | {"few_shot": shown_examples},
         files={},
     )
     target = out_dir / "bundle"
