@@ -52,6 +52,8 @@ def test_the_server_s_captions_are_the_trainer_s(trained: Path) -> None:
     export.run(export.Config.model_validate(table), trained / "exported")  # parity is checked there
     bundle = Bundle.open(trained / "exported" / "bundle")
     assert "prefix_visible" in bundle.manifest.encoder.outputs
+    few = {"shots": SHOTS, "data": "captions_train.json", "images": 20}
+    assert bundle.manifest.provenance["few_shot"] == few
 
     run = Run(trained / "run")
     examples = read_examples(dev)

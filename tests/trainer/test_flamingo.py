@@ -19,7 +19,6 @@ from trainer.stages import finetune
 from trainer.transforms import Augment, Transform
 
 END = SHOTS * SHOT_TOKENS
-STEPS = 150
 
 
 @pytest.fixture
@@ -191,7 +190,7 @@ def test_it_learns_sixteen_pairs_by_heart_and_looks_at_the_image() -> None:
     texts = captions(16, SHOT_TOKENS)
     images, (token_ids, lengths) = pictures(16), blocks(texts, TEXT.pad_id, SHOT_TOKENS)
     draw = torch.Generator().manual_seed(0)
-    for _ in range(STEPS):
+    for _ in range(150):
         # Other examples at every step: the caption cannot be told from them.
         shots = torch.stack([torch.randperm(15, generator=draw)[:SHOTS] for _ in range(16)])
         shots += (shots >= torch.arange(16)[:, None]).long()

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -32,11 +33,19 @@ class FewShot(BaseConfig):
 
 def show_examples(
     config: FewShot, captioner: Captioner, source: Run, examples: Sequence[Example]
-) -> None:
-    """Gives the captioner labelled images, none of them among the `examples` to be captioned."""
+) -> dict[str, Any]:
+    """Gives the captioner labelled images, none of them among the `examples` to be captioned.
+
+    Returns what a bundle's provenance says of them.
+
+    Raises:
+        ConfigError: there are too few, or the run has no room for so many examples.
+        DataError: one of them is among those to be captioned.
+    """
     labelled = read_captioned(config.data, config.images, config.split)
     check_apart(labelled, examples, "few_shot.data", "data")
     chosen = random.Random(0).sample(labelled, min(config.limit, len(labelled)))
     captions = [framed(source.tokenizer.encode(e.captions[0]), source.text) for e in chosen]
     pixels = load_all(chosen, source.recipe.image)
     captioner.show_examples(pixels, captions, shots=config.shots)
+    return {"shots": config.shots, "data": config.data.name, "images": len(chosen)}

@@ -88,8 +88,9 @@ def run(config: Config, out_dir: Path) -> None:
     check_golden(config.golden)
     examples = read_captioned(config.data, config.images, config.split)
     trained = blended(source, config.blend)
+    shown_examples = None
     if config.few_shot is not None:
-        show_examples(config.few_shot, trained, source, examples)
+        shown_examples = show_examples(config.few_shot, trained, source, examples)
     # Integers are rounded from the trained weights; stored floats are what they are rounded to.
     captioner = trained if config.int8 else round_weights(deepcopy(trained))
     graphs = Graphs.of(captioner)
@@ -126,7 +127,7 @@ def run(config: Config, out_dir: Path) -> None:
     }
     if difference is not None:
         metrics["int8 - float32"] = as_json(difference)
-    proofs = provenance(source, config.blend, parity)
+    proofs = provenance(source, config.blend, parity) | {"few_shot": shown_examples}
     if matching:
         metrics["rerank"] = {name: arm.as_json() for name, arm in matching.arms.items()}
         proofs |= {"match_parity": matching.parity}
