@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from errno import ENOSPC
 from pathlib import Path
 
 from exports.errors import ExportsError
@@ -22,11 +23,11 @@ def main(argv: list[str] | None = None) -> int:
         "--workers", type=int, default=1, help="processes that share every batch (Ray Train)"
     )
     arguments = parser.parse_intermixed_args(argv)
+    out_dir = arguments.out or Path("runs") / arguments.recipe.stem
     try:
         stage = variants.load("stages", arguments.stage)
         recipe = read_recipe(arguments.recipe, arguments.overrides)
         config = validate(stage.Config, recipe, str(arguments.recipe))
-        out_dir = arguments.out or Path("runs") / arguments.recipe.stem
         if arguments.workers != 1 and arguments.stage != "pretrain":
             raise ConfigError(
                 f"--workers {arguments.workers}: only pretrain is shared by several processes; "
@@ -39,7 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             stage.run(config, out_dir)
     except (TrainerError, ExportsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.errno == ENOSPC:  # which names no file
+            said = f"{out_dir}: no space left; make room and give the same command again"
+        print(f"error: {said}", file=sys.stderr)
         return 1
     return 0
 
