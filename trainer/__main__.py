@@ -6,6 +6,9 @@ python -m trainer import DIR --name NAME [--registry REGISTRY]
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import ENOSPC
 from importlib import import_module
 from pathlib import Path
 
@@ -46,7 +49,8 @@ def _import(argv: list[str]) -> None:
     out_dir = arguments.pop("out") or Path("runs") / arguments["name"]
     importing = import_module("trainer.importing")  # as late as a stage, for what it imports itself
     config = validate(importing.Config, arguments, "import")
-    importing.run(config, out_dir)
+    with _room_in(out_dir):
+        importing.run(config, out_dir)
 
 
 def _stage(argv: list[str]) -> None:
@@ -74,10 +78,24 @@ def _stage(argv: list[str]) -> None:
         )
     if arguments.workers < 1:
         raise ConfigError(f"--workers {arguments.workers}; at least one is needed")
-    if arguments.workers > 1:
-        launch(arguments.workers, arguments.stage, recipe, str(arguments.recipe), out_dir)
-    else:
-        stage.run(config, out_dir)
+    with _room_in(out_dir):
+        if arguments.workers > 1:
+            launch(arguments.workers, arguments.stage, recipe, str(arguments.recipe), out_dir)
+        else:
+            stage.run(config, out_dir)
+
+
+@contextmanager
+def _room_in(out_dir: Path) -> Iterator[None]:
+    """Names the folder where a disk is full, which the system's own error does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != ENOSPC:
+            raise
+        raise TrainerError(
+            f"{out_dir}: no space left; make room and give the same command again"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -34,7 +34,9 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[st
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot write the checkpoint ({error})") from error
+        raise CheckpointError(
+            f"{path}: cannot write the checkpoint ({error}); the one before, if any, is untouched"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -89,5 +89,11 @@ def _explain(model: type[BaseModel], problem: Any) -> str:
 
 
 def write_resolved(config: Config, path: Path) -> None:
-    """Writes the validated config, defaults included, as JSON: the provenance of a run."""
-    path.write_text(json.dumps(config.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+    """Writes the validated config, defaults included, as JSON: the provenance of a run.
+
+    A crash or a full disk leaves the old file or the new one.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

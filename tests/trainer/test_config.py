@@ -1,13 +1,14 @@
 """Recipes: strict, overridable, and clear about what is wrong."""
 
 import re
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
 
 from trainer import variants
 from trainer.__main__ import main
-from trainer.config import Config, read_recipe, validate
+from trainer.config import Config, read_recipe, validate, write_resolved
 from trainer.errors import ConfigError
 
 
@@ -87,6 +88,21 @@ def test_an_unknown_variant_lists_those_that_exist() -> None:
         variants.parse("decoders", {})
     with pytest.raises(ConfigError, match=r"decoders/gpt2: unknown key 'widht'"):
         variants.parse("decoders", {"name": "gpt2", "widht": 3})
+
+
+def test_a_disk_that_fills_up_leaves_the_old_recipe(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "recipe.json"
+    write_resolved(Outer(rate=0.5), path)
+    before = path.read_bytes()
+
+    def full(self: Path, text: str, **keys: str) -> None:
+        self.write_bytes(text[:9].encode())
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_resolved(Outer(rate=0.1), path)
+    assert path.read_bytes() == before
 
 
 def test_every_recipe_that_a_text_names_exists() -> None:

@@ -1,6 +1,7 @@
 """Pretraining as a stage: what it refuses, what it keeps, what it shows."""
 
 import json
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from trainer.methods.simclr import Method
 from trainer.runlog import read_log
 from trainer.stages import pretrain
 
+PROBED = (("captioned", "train"), ("dev", "dev"))
 SIMCLR = {"name": "simclr", "hidden": 32, "width": 16}
 
 
@@ -116,6 +118,24 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
         pretrain.run(recipe(shapes, SIMCLR), tmp_path)
     assert load_checkpoint(tmp_path / "last.safetensors")[1]["step"] == 2
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_disk_that_fills_up_elsewhere_names_the_folder(
+    shapes: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(ENOSPC, "No space left on device")  # as `write` says it: without a file
+
+    monkeypatch.setattr(pretrain, "plot_log", full)
+    train = f"data.train={shapes / 'captions_train.json'}"
+    probe = [f"probe.{key}={shapes / f'captions_{part}.json'}" for key, part in PROBED]
+    small = ["image.height=32", "image.width=32", "loop.batch_size=16", "loop.epochs=1"]
+    command = ["pretrain", "trainer/recipes/tiny/simclr.toml", "--out", str(tmp_path / "run")]
+    assert main([*command, train, *probe, *small]) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert said == (
+        f"error: {tmp_path / 'run'}: no space left; make room and give the same command again"
+    )
 
 
 def test_another_recipe_s_run_is_refused(shapes: Path, tmp_path: Path) -> None:

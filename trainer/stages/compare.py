@@ -193,9 +193,7 @@ def _train(recipe: PretrainRecipe, folder: Path, images: int, probes: Probes) ->
     steps = load_checkpoint(checkpoint)[1]["total"]
     seconds = elapsed * steps / (steps - begun) if begun < steps else None
     result = Result(images=images, steps=steps, seconds=seconds)
-    temporary = path.with_name(f".{RESULT}.tmp")
-    write_resolved(result, temporary)
-    temporary.replace(path)
+    write_resolved(result, path)
     return result
 
 
