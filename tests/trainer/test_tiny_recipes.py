@@ -49,7 +49,7 @@ def test_a_method_makes_a_random_encoder_worth_more(
         ("mlm", "dev/token_accuracy", 0.75),
         ("itc", "dev/IR R@10", 0.9),
         ("itm", "dev/ITM AUC", 0.9),
-        ("blip", "dev/CIDEr-D", 2.0),
+        ("blip", "dev/CIDEr-D", 1.8),
     ],
 )
 def test_an_objective_on_pairs_learns_from_random_weights(
