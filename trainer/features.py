@@ -38,7 +38,7 @@ def pooled_features(encoder: Any, images: NDArray[np.uint8]) -> Tensor:
 def nearest_others(features: Tensor, count: int) -> Tensor:
     """Returns for each of features (n, D) which others are most similar, (n, count), the best last.
 
-    Similarity is the cosine; an image is never its own neighbour.
+    Similarity is the cosine, from the mean on; an image is never its own neighbour.
 
     Raises:
         ConfigError: there are not so many others.
@@ -48,7 +48,7 @@ def nearest_others(features: Tensor, count: int) -> Tensor:
             f"{count} neighbours of each image asked for, but there are {len(features)} images; "
             "ask for fewer"
         )
-    unit, found = _unit(features), []
+    unit, found = _unit(features - features.mean(0)), []
     for start in range(0, len(unit), _ROWS):
         cosines = unit[start : start + _ROWS] @ unit.T
         rows = torch.arange(len(cosines))

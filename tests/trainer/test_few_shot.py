@@ -39,14 +39,33 @@ def test_the_nearest_example_stands_last() -> None:
     index = ShotIndex(
         pooled, torch.zeros(4, 2, 8), captions(4, 6), shots=2, shot_tokens=6, pad_id=TEXT.pad_id
     )
-    assert index.nearest(torch.tensor([[0.3, 3.0], [5.0, 1.0]])).tolist() == [[2, 1], [2, 0]]
+    assert index.nearest(torch.tensor([[0.3, 3.0], [5.0, 1.0]])).tolist() == [[1, 2], [0, 2]]
+
+
+def test_what_all_features_share_and_how_they_are_stored_does_not_decide() -> None:
+    draw = torch.Generator().manual_seed(0)
+    pooled = torch.randn(30, 16, generator=draw)
+    query = pooled + 0.01 * torch.randn(30, 16, generator=draw)
+    for shift in (0.0, 100.0):  # all cosines are then above 0.999
+        index = ShotIndex(
+            pooled + shift,
+            torch.zeros(30, 2, 8),
+            captions(30, 6),
+            shots=3,
+            shot_tokens=6,
+            pad_id=TEXT.pad_id,
+        )
+        for buffer in (index.mean, index.features):
+            buffer.copy_(buffer.half().float())
+        found = index.nearest(query + shift)
+        assert found[:, -1].tolist() == list(range(30))
 
 
 def test_an_image_of_the_training_set_is_not_its_own_example() -> None:
     features = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
     features[7] = 2 * features[8] + 0.01  # nearly the same direction
     found = nearest_others(features, 4).tolist()
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    unit = torch.nn.functional.normalize((features - features.mean(0)).double(), dim=1)
     for row, others in enumerate(found):
         cosines = (unit @ unit[row]).tolist()
         ranked = sorted((i for i in range(60) if i != row), key=lambda i: cosines[i])
