@@ -7,7 +7,7 @@ model it came from can be published.
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from trainer.errors import ConfigError, ParityError
 from trainer.graphs import export_matcher
 from trainer.intervals import Interval
 from trainer.onnx_steps import OnnxSteps
-from trainer.parity import compare
+from trainer.parity import Parity, compare
 from trainer.photos import load_all, read_captioned
 from trainer.quantise_decoder import quantise_decoder
 from trainer.quantise_encoder import quantise_encoder
@@ -93,25 +93,10 @@ def run(config: Config, out_dir: Path) -> None:
         shown_examples = show_examples(config.few_shot, trained, source, examples)
     # Integers are rounded from the trained weights; stored floats are what they are rounded to.
     captioner = trained if config.int8 else round_weights(deepcopy(trained))
-    graphs = Graphs.of(captioner)
-    steps = graphs.steps(source.text)
     references = [example.captions for example in examples]
     pixels = load_all(examples, source.recipe.image)
-    generation = source.recipe.generation
-    shown = pixels[: config.parity_images]
-    parity = compare(TorchSteps(captioner), steps, shown, generation).check()
-    print(f"parity: {parity}")
-    captions = _captions(steps, pixels, source)
-    if config.int8:
-        float_captions = captions
-        graphs = _quantised(config.int8, graphs, steps, source)
-        steps = graphs.steps(source.text)
-        captions = _captions(steps, pixels, source)
-        rounding, difference = _compared(config.int8.budget, references, captions, float_captions)
-    else:
-        unrounded = _captions(TorchSteps(trained), shown, source)
-        rounding, difference = _ROUNDED.format(_alike(unrounded, captions[: len(shown)])), None
-    print(rounding)
+    found = _checked(config, source, trained, captioner, pixels, references)
+    graphs, captions = found.graphs, found.captions
     figures = score_all(references, captions)
     matching = None
     if captioner.matcher:
@@ -125,9 +110,9 @@ def run(config: Config, out_dir: Path) -> None:
         "images": len(examples),
         "figures": as_json(figures),
     }
-    if difference is not None:
-        metrics["int8 - float32"] = as_json(difference)
-    proofs = provenance(source, config.blend, parity) | {"few_shot": shown_examples}
+    if found.difference is not None:
+        metrics["int8 - float32"] = as_json(found.difference)
+    proofs = provenance(source, config.blend, found.parity) | {"few_shot": shown_examples}
     if matching:
         metrics["rerank"] = {name: arm.as_json() for name, arm in matching.arms.items()}
         proofs |= {"match_parity": matching.parity}
@@ -139,15 +124,15 @@ def run(config: Config, out_dir: Path) -> None:
         captioner=captioner,
         graphs=graphs,
         tokenizer_json=source.tokenizer_json,
-        generation=generation,
+        generation=source.recipe.generation,
         card=model_card(
             config.card,
             name=config.name,
             data_name=config.data.name,
-            generation=generation,
+            generation=source.recipe.generation,
             figures=figures,
-            parity=parity,
-            rounding=rounding,
+            parity=found.parity,
+            rounding=found.rounding,
             matching=matching.words if matching else "",
             examples=examples,
             captions=captions,
@@ -157,6 +142,47 @@ def run(config: Config, out_dir: Path) -> None:
         reranking=matching.reranking if matching else None,
     ).write(target, config.golden)
     print(f"publish it with: python -m exports publish {target}")
+
+
+class _Checked(NamedTuple):
+    """The graphs that go into a bundle, and how they were held against the model."""
+
+    graphs: Graphs
+    parity: Parity
+    captions: list[str]
+    rounding: str
+    difference: dict[str, Interval] | None
+
+
+def _checked(
+    config: Config,
+    source: Run,
+    trained: Captioner,
+    captioner: Captioner,
+    pixels: NDArray[np.uint8],
+    references: Sequence[Sequence[str]],
+) -> _Checked:
+    """Exports `captioner`, which is `trained` or what its weights are rounded to.
+
+    Raises:
+        ParityError: the graphs do not behave as the model, or integers change too much.
+    """
+    graphs = Graphs.of(captioner)
+    steps = graphs.steps(source.text)
+    shown = pixels[: config.parity_images]
+    parity = compare(TorchSteps(captioner), steps, shown, source.recipe.generation).check()
+    print(f"parity: {parity}")
+    captions = _captions(steps, pixels, source)
+    if config.int8 is None:
+        unrounded = _captions(TorchSteps(trained), shown, source)
+        rounding, difference = _ROUNDED.format(_alike(unrounded, captions[: len(shown)])), None
+    else:
+        floats = captions
+        graphs = _quantised(config.int8, graphs, steps, source)
+        captions = _captions(graphs.steps(source.text), pixels, source)
+        rounding, difference = _compared(config.int8.budget, references, captions, floats)
+    print(rounding)
+    return _Checked(graphs, parity, captions, rounding, difference)
 
 
 def _captions(steps: StepModel, pixels: NDArray[np.uint8], source: Run) -> list[str]:
