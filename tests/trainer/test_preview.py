@@ -13,7 +13,7 @@ from trainer.data import read_examples
 from trainer.photos import load_pixels
 from trainer.stages.preview import sheet
 
-PRETRAIN, FINETUNE = (f"trainer/recipes/tiny/{name}.toml" for name in ("simclr", "finetune"))
+PRETRAIN, FINETUNE = (f"trainer/recipes/tiny/{name}.toml" for name in ("simclr", "gpt2"))
 
 
 def preview(recipe: str, shapes: Path, out: Path, *overrides: str) -> NDArray[np.uint8]:

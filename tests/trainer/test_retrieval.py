@@ -19,7 +19,7 @@ def pairs() -> Pairs:
     captions = some_captions(7, 2)
     captions[3] = (captions[0][1], captions[3][1])  # two images share a caption
     captions[5] = (*captions[5], "def")
-    return Pairs(make_dataset(captions)._images, captions)
+    return Pairs(make_dataset(captions).images, captions)
 
 
 def test_ranks_are_counted_by_hand(reader, pairs) -> None:
