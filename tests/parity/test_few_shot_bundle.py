@@ -49,6 +49,7 @@ def test_the_server_s_captions_are_the_trainer_s(trained: Path) -> None:
     few_shot = FewShot(shots=SHOTS, data=trained / "captions_train.json", limit=20)
     dev = trained / "captions_dev.json"
     table = {"run": trained / "run", "name": "few", "data": dev, "few_shot": few_shot, "card": CARD}
+    table["golden"] = sorted((trained / "images").glob("*.png"))[:8]
     export.run(export.Config.model_validate(table), trained / "exported")  # parity is checked there
     bundle = Bundle.open(trained / "exported" / "bundle")
     assert "prefix_visible" in bundle.manifest.encoder.outputs

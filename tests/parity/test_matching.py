@@ -23,7 +23,7 @@ from trainer.matching import MatcherConfig
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import MATCH_TOLERANCE, check_matches
 from trainer.run import Run
-from trainer.stages import evaluate, export, finetune
+from trainer.stages import _bundle, evaluate, export, finetune
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
 TEXT = TextSpec(vocab_size=60, pad_id=0, bos_id=1, eos_id=2, max_length=14)
@@ -269,13 +269,13 @@ def test_a_matcher_that_differs_is_not_published(
     values = onnx.numpy_helper.to_array(largest)
     spoilt = np.clip(values * 1.5, -127, 127).astype(values.dtype)
     largest.CopyFrom(onnx.numpy_helper.from_array(spoilt, largest.name))
-    for part, body in (
-        ("encoder", opened.read("encoder.onnx")),
-        ("decoder", opened.read("decoder.onnx")),
-        ("matcher", model.SerializeToString()),
+    for room, part, body in (
+        (_bundle, "encoder", opened.read("encoder.onnx")),
+        (_bundle, "decoder", opened.read("decoder.onnx")),
+        (export, "matcher", model.SerializeToString()),
     ):
         exported = (body, getattr(manifest, part))
-        monkeypatch.setattr(export, f"export_{part}", lambda _, exported=exported: exported)
+        monkeypatch.setattr(room, f"export_{part}", lambda _, exported=exported: exported)
     with pytest.raises(ParityError, match="the exported matcher differs"):
         export.run(export_of(run), tmp_path)
     assert not list(tmp_path.iterdir())
