@@ -38,9 +38,9 @@ def captioner(request, make_captioner):
 
 
 def sharpness(family: str) -> float:
-    """T5 does not scale its products, BERT begins with larger weights: as sharp, they would round
-    as wildly."""
-    return 2 if family in ("bert", "t5") else 6
+    """T5 does not scale its products, BART and BERT begin with larger weights: as sharp, they would
+    round as wildly."""
+    return 2 if family in ("bart", "bert", "t5") else 6
 
 
 def build(family: str, reading: Reading):

@@ -36,6 +36,8 @@ class Decoder(Base):
                 "decoder_layers": config.layers,
                 "decoder_attention_heads": config.heads,
                 "decoder_ffn_dim": 4 * config.width,
+                # As wide as a narrow model needs to tell images apart early; 0.02 at BART's width.
+                "init_std": 0.02 * (768 / config.width) ** 0.5,
             },
             always={
                 "dropout": config.dropout,
