@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
 
 from exports.text import TextSpec, Tokenizer
 from trainer.data import Example
 from trainer.transforms import Sides, Transform
 
+_ENCODED_AT_ONCE = 64
 _SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
@@ -38,7 +40,7 @@ class TrainingData(Dataset[dict[str, Any]], ABC):
 
     @abstractmethod
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Returns one batch, with `images` (.., 3, H, W) in it."""
+        """Returns one batch, with `images` in it, (.., 3, H, W) or encoded."""
 
 
 class CaptionDataset(TrainingData):
@@ -74,6 +76,29 @@ class CaptionDataset(TrainingData):
             for example in examples
         ]
         self._flips = [flips(example.captions) for example in examples]
+        self._encoded: list[Tensor] = []  # by view, (n, N + 1, D)
+
+    def encode(self, encoder: Any, views: int) -> None:
+        """Has a frozen encoder look once at each image's first views; items then hold what it saw.
+
+        Epoch e gets view e % `views`, so the first epochs are what they would have been.
+
+        Args:
+            encoder: as in `trainer.encoders`, in evaluation mode, on any device.
+            views: V, how many of each image; without augmentations one is all.
+        """
+        device, encoded = next(encoder.parameters()).device, list[Tensor]()
+        starts = range(0, len(self), _ENCODED_AT_ONCE)
+        with tqdm(total=views * len(self), desc="encoding", unit="img", disable=None) as bar:
+            for view in range(views):
+                blocks = []
+                for start in starts:
+                    rows = range(start, min(start + _ENCODED_AT_ONCE, len(self)))
+                    images = torch.stack([self[view, index]["image"] for index in rows])
+                    blocks.append(encoder.encoded(images.to(device)).float().cpu())
+                    bar.update(len(rows))
+                encoded.append(torch.cat(blocks))
+        self._encoded = encoded
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -84,16 +109,20 @@ class CaptionDataset(TrainingData):
         own = self.token_ids[index]
         drawn = draw.sample(range(len(own)), k=min(self.captions, len(own)))
         drawn += draw.choices(range(len(own)), k=self.captions - len(drawn))
-        image = torch.from_numpy(self.images[index]).permute(2, 0, 1)
-        view = self._transform(image, draw.getrandbits(62), flip=self._flips[index])
         token_ids = [own[number] for number in drawn]
+        if self._encoded:
+            view = self._encoded[epoch % len(self._encoded)][index]
+        else:
+            image = torch.from_numpy(self.images[index]).permute(2, 0, 1)
+            view = self._transform(image, draw.getrandbits(62), flip=self._flips[index])
         return {"image": view, "token_ids": token_ids, "drawn": drawn, "index": index}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Returns one batch.
 
-        `images` (B, 3, H, W) uint8; `indices` (B,), of the examples; `token_ids` (B * C, T), the
-        captions of an image together, padded; `lengths` (B * C,), tokens without padding.
+        `images` (B, 3, H, W) uint8, or (B, N + 1, D) once encoded; `indices` (B,), of the
+        examples; `token_ids` (B * C, T), the captions of an image together, padded; `lengths`
+        (B * C,), tokens without padding.
         """
         token_ids, lengths = padded(
             [ids for item in items for ids in item["token_ids"]], self.text.pad_id

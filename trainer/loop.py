@@ -166,7 +166,8 @@ class TrainingLoop:
         sums: dict[str, float] = {}
         for batch in batches:
             moved = {key: value.to(self.device) for key, value in batch.items()}
-            moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+            if moved["images"].ndim == 4:
+                moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
             with self._autocast():
                 losses = self._objective(moved)
             if not torch.isfinite(losses["loss"]):

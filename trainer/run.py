@@ -51,6 +51,10 @@ class Data(Config):
     dev_images: int = Field(default=200, ge=1)
     """How many images of `dev` are captioned after an epoch, to see how the run goes."""
     captions_per_image: int = Field(default=5, ge=1)
+    encoded_views: int = Field(default=0, ge=0)
+    """Only with an encoder that is frozen from end to end: it looks once at so many augmented views
+    of each image, which epochs take by turns, and is idle from then on. 0: every epoch has views
+    of its own."""
 
 
 class TokenizerConfig(Config):

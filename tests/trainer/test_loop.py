@@ -292,3 +292,27 @@ def test_it_overfits_eight_images(shapes, tmp_path: Path) -> None:
     evaluate.run(evaluate.Config.model_validate(table), tmp_path)
     figures = json.loads((tmp_path / "figures.json").read_text())["figures"]
     assert figures["CIDEr-D"][0] == pytest.approx(10.0)
+
+
+def test_a_frozen_encoder_may_look_once_at_each_view(shapes, tmp_path: Path) -> None:
+    """Both have the same two views of every image in two epochs; the third repeats the first."""
+    changes = {
+        "objective": {"frozen": ["encoder"]},
+        "loop": {"epochs": 3},
+        "optim": {"lr": 0.02, "warmup": 0.0},
+    }
+    finetune.run(recipe(shapes, **changes), tmp_path / "anew")
+    finetune.run(recipe(shapes, data={"encoded_views": 2}, **changes), tmp_path / "once")
+    anew, once = ([row["loss"] for row in log(tmp_path / name)] for name in ("anew", "once"))
+    steps = len(anew) // 3
+    apart = [abs(first - second) for first, second in zip(anew, once, strict=True)]
+    assert max(apart[: 2 * steps]) < 1e-5 < 1e-3 < max(apart[2 * steps :]), apart
+    # The run's captioner looks at images as ever.
+    captioner = Run(tmp_path / "once").captioner()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert captioner(images, torch.ones(2, 3, dtype=torch.long)).isfinite().all()
+
+
+def test_an_encoder_that_is_trained_must_look_anew(shapes, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="encoded_views = 2, but the encoder is trained"):
+        finetune.run(recipe(shapes, data={"encoded_views": 2}), tmp_path)

@@ -25,6 +25,15 @@ def test_an_encoder_gives_tokens_and_pooled(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_an_encoder_takes_what_it_made_of_images(make_captioner, name: str) -> None:
+    encoder = make_captioner(encoder=ENCODERS[name]).encoder
+    images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8)
+    seen = encoder(images)
+    for found, expected in zip(encoder(encoder.encoded(images)), seen, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_steps_with_a_cache_equal_the_whole_sequence(make_captioner, name: str) -> None:
     captioner = make_captioner(encoder=ENCODERS[name])
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)

@@ -71,6 +71,26 @@ class TimmEncoder(nn.Module):
         """
         load_tensors(self.backbone, WeightsFile(where, tensors))
 
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns image_tokens (B, N, D) and pooled (B, D).
+
+        Args:
+            images: (B, 3, H, W), or what `encoded` made of them, (B, N + 1, D).
+        """
+        if images.ndim == 3:
+            return images[:, :-1], images[:, -1]
+        return self.look(images)
+
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns image_tokens (B, N, D) and pooled (B, D) of images (B, 3, H, W)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encoded(self, images: Tensor) -> Tensor:
+        """Returns image_tokens and pooled as one tensor (B, N + 1, D), which `forward` takes."""
+        image_tokens, pooled = self.look(images)
+        return torch.cat([image_tokens, pooled.unsqueeze(1)], dim=1)
+
     def normalise(self, images: Tensor) -> Tensor:
         """Returns pixels (B, 3, H, W) in 0..255 as the backbone's input."""
         return (images.float() - self.mean) / self.std

@@ -23,7 +23,7 @@ class Encoder(TimmEncoder):
         features: Tensor = self.backbone.forward_features(self.normalise(images))
         return features
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns image_tokens (B, N, D) and their mean, pooled (B, D)."""
         image_tokens = self.feature_map(images).flatten(2).transpose(1, 2)
         return image_tokens, image_tokens.mean(1)

@@ -41,7 +41,7 @@ class Encoder(TimmEncoder):
         super().__init__(config, image_size, img_size=image_size, **given)
         self.width = int(self.backbone.num_features)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns image_tokens (B, N, D) and pooled (B, D), as timm pools for classification."""
         image_tokens = self.backbone.forward_features(self.normalise(images))
         return image_tokens, self.backbone.forward_head(image_tokens, pre_logits=True)

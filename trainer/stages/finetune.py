@@ -74,9 +74,17 @@ def _train(config: Config, out_dir: Path) -> None:
             "compares the images of a batch with each other: leave it out, and take as large a "
             "loop.batch_size as memory holds"
         )
+    data = objective.data(dataset)
+    if config.data.encoded_views:
+        if any(parameter.requires_grad for parameter in captioner.encoder.parameters()):
+            raise ConfigError(
+                f"data.encoded_views = {config.data.encoded_views}, but the encoder is trained, "
+                'and would soon see otherwise: set objective.frozen = ["encoder"], or leave it out'
+            )
+        dataset.encode(captioner.encoder.eval(), config.data.encoded_views)
     TrainingLoop(
         objective,
-        objective.data(dataset),
+        data,
         config=config.loop,
         optim=config.optim,
         seed=config.seed,
