@@ -81,6 +81,8 @@ def _train(config: Config, out_dir: Path) -> None:
                 f"data.encoded_views = {config.data.encoded_views}, but the encoder is trained, "
                 'and would soon see otherwise: set objective.frozen = ["encoder"], or leave it out'
             )
+        # In this layout convolutions on a CPU take two thirds of the time.
+        captioner.encoder.to(memory_format=torch.channels_last)
         dataset.encode(captioner.encoder.eval(), config.data.encoded_views)
     TrainingLoop(
         objective,
