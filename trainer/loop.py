@@ -29,6 +29,7 @@ from trainer.distributed import (
     world_size,
 )
 from trainer.errors import CheckpointError, ConfigError, DivergenceError
+from trainer.lora import merged
 from trainer.objective import Objective
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
 from trainer.runlog import RunLog
@@ -257,17 +258,20 @@ def device_of(config: Loop) -> torch.device:
 def load_kept_weights(module: nn.Module, path: Path, prefix: str) -> None:
     """Loads what a checkpoint keeps below `prefix`: the moving average where there is one.
 
+    Updates of low rank (see `trainer.lora`) are added to their weights.
+
     Raises:
         CheckpointError: the file is missing or damaged, or does not fit the module.
     """
     tensors, _ = load_checkpoint(path)
+    trained, average = (below(tensors, f"{part}.{prefix}") for part in ("objective", "average"))
     try:
-        module.load_state_dict(below(tensors, f"objective.{prefix}"))
+        module.load_state_dict(merged(trained))
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise CheckpointError(f"{path}: of another architecture: {first}") from None
     # After all the rest: the average has a tied weight (embedding and head) under one name only.
-    module.load_state_dict(below(tensors, f"average.{prefix}"), strict=False)
+    module.load_state_dict(merged(average, trained), strict=False)
 
 
 class _Swapped:

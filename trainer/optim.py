@@ -41,22 +41,28 @@ class Layered(Protocol):
         """Returns for each parameter how many layers stand above its own, 0 for the last."""
 
 
-def freeze_prefixes(module: nn.Module, prefixes: Sequence[str]) -> None:
+def freeze_prefixes(module: nn.Module, prefixes: Sequence[str], *, key: str = "frozen") -> None:
     """Turns gradients off for the parameters at or below the dotted names in `prefixes`.
+
+    Args:
+        module: of the parameters.
+        prefixes: their names or what those begin with.
+        key: what a recipe calls them.
 
     Raises:
         ConfigError: a prefix that names no parameter.
     """
     for prefix in prefixes:
-        hit = [p for name, p in module.named_parameters() if _is_below(name, prefix)]
+        hit = [p for name, p in module.named_parameters() if is_below(name, prefix)]
         if not hit:
             tops = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
-            raise ConfigError(f"frozen = {prefix!r} names no parameter; they begin with {tops}")
+            raise ConfigError(f"{key} = {prefix!r} names no parameter; they begin with {tops}")
         for parameter in hit:
             parameter.requires_grad_(False)
 
 
-def _is_below(name: str, prefix: str) -> bool:
+def is_below(name: str, prefix: str) -> bool:
+    """Returns whether a dotted name is `prefix` or begins with all of its parts."""
     return name == prefix or name.startswith(f"{prefix}.")
 
 
@@ -81,12 +87,12 @@ def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
     """
     names = [name for name, _ in module.named_parameters()]
     for prefix in config.scales:
-        if not any(_is_below(name, prefix) for name in names):
+        if not any(is_below(name, prefix) for name in names):
             raise ConfigError(f"scales: {prefix!r} names no parameter; they look like {names[0]}")
     above = _layers_above(module) if config.layer_decay < 1 else {}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        prefixes = [prefix for prefix in config.scales if _is_below(name, prefix)]
+        prefixes = [prefix for prefix in config.scales if is_below(name, prefix)]
         scale = config.scales[max(prefixes, key=len)] if prefixes else 1.0
         scale *= config.layer_decay ** above.get(name, 0)
         positions = "wpe" in name or name.endswith(_POSITIONS)

@@ -28,6 +28,7 @@ from trainer.data import Example
 from trainer.distributed import barrier, rank
 from trainer.errors import CheckpointError
 from trainer.loop import Loop, load_kept_weights
+from trainer.lora import Lora
 from trainer.matching import MatcherConfig
 from trainer.optim import Optim
 from trainer.probes import ProbeConfig
@@ -74,6 +75,8 @@ class Recipe(Config):
     objective: dict[str, Any]
     matcher: MatcherConfig | None = None
     """For captioners that also tell whether a caption fits an image."""
+    lora: Lora | None = None
+    """Trains pretrained parts by updates of low rank; whoever reads the run finds them added."""
     augment: Augment = Augment()
     optim: Optim = Optim()
     loop: Loop

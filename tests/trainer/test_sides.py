@@ -172,6 +172,6 @@ def test_a_mirrored_drawing_says_what_another_drawing_could(tmp_path: Path) -> N
     captions = [e.captions for e in read_examples(tmp_path / "captions_train.json")]
     mirror = Mirror(ENGLISH)
     mirrored = [mirror(own) for own in captions]
-    assert all(other is not None and mirror(other) != () for other in mirrored)
+    assert all(other is not None for other in mirrored)
     assert [mirror(other) for other in mirrored if other] == captions
     assert sum(other != own for own, other in zip(captions, mirrored, strict=True)) > 5

@@ -12,6 +12,7 @@ from trainer.data import Example, check_apart
 from trainer.dataset import CaptionDataset
 from trainer.errors import ConfigError
 from trainer.loop import TrainingLoop, device_of
+from trainer.lora import adapt
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
 from trainer.run import (
@@ -66,6 +67,8 @@ def _train(config: Config, out_dir: Path) -> None:
         transform=Transform(config.augment, size),
         seed=config.seed,
     )
+    if config.lora is not None:
+        adapt(captioner, config.lora)
     captioner.to(device_of(config.loop))
     objective = module.Objective(objective_config, captioner, dataset)
     if config.loop.accumulate > 1 and not objective.divisible:
