@@ -63,7 +63,8 @@ class LowRank(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns `weight` with its update, of the same shape."""
-        left, right = self.left, self.right
+        left: Tensor = self.left
+        right: Tensor = self.right
         if self._dropout and self.training:
             if self._inputs_in_rows:
                 left = left * F.dropout(torch.ones_like(left[:, :1]), self._dropout)
