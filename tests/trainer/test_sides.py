@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_captioner import TEXT
 
-from trainer.data import Example
-from trainer.dataset import CaptionDataset, InterleavedDataset, ViewDataset, padded
+from trainer.data import Example, read_examples
+from trainer.dataset import CaptionDataset, InterleavedDataset, ViewDataset, framed, padded
+from trainer.objectives import scst
 from trainer.sides import Mirror
 from trainer.stages import shapecaps
 from trainer.transforms import Augment, Transform
@@ -80,8 +82,6 @@ class Words:
 
 def drawn(augment: dict[str, Any], captions: list[tuple[str, ...]]) -> tuple[Any, Words]:
     """Returns a data set of images whose columns grow brighter from the left, and its words."""
-    from tiny_captioner import TEXT
-
     ramp = np.arange(0, 240, 20, dtype=np.uint8)
     pixels = np.broadcast_to(ramp[None, None, :, None], (len(captions), 12, 12, 3))
     examples = [Example(Path(f"{n}.png"), own, None) for n, own in enumerate(captions)]
@@ -149,6 +149,20 @@ def test_examples_before_a_caption_are_flipped_with_theirs() -> None:
     assert seen == {True, False}
 
 
+def test_rewards_of_a_mirror_image_are_those_of_its_captions(make_captioner, monkeypatch) -> None:
+    dataset, words = drawn({"flip": {"swaps": ENGLISH}}, CAPTIONS)
+    ids = torch.tensor([framed(words.encode("a dog right of a cat"), TEXT)] * 2)
+    lengths = torch.full((2,), ids.shape[1])
+    monkeypatch.setattr(scst, "sample", lambda *_, **__: (ids, lengths))
+    objective = scst.Objective(scst.Config(samples=2), make_captioner(), dataset)
+    rewards = {}
+    for epoch in range(12):
+        item = dataset[epoch, 0]
+        batch = dataset.collate([item]) | {"images": torch.zeros(1, 3, 32, 48)}
+        rewards[item["mirrored"]] = objective(batch)["reward"].item()
+    assert rewards[True] > rewards[False] + 1
+
+
 def test_a_method_that_reads_captions_flips_them_too() -> None:
     dataset, words = drawn({"flip": {"swaps": ENGLISH}}, CAPTIONS)
     transform = Transform(Augment.model_validate({"flip": {"swaps": ENGLISH}}), (12, 12))
@@ -166,8 +180,6 @@ def test_a_method_that_reads_captions_flips_them_too() -> None:
 
 def test_a_mirrored_drawing_says_what_another_drawing_could(tmp_path: Path) -> None:
     """ShapeCaps says sides in two ways; a mirrored caption is one that its grammar has."""
-    from trainer.data import read_examples
-
     shapecaps.run(shapecaps.Config(images=40, side=32, dev=1), tmp_path)
     captions = [e.captions for e in read_examples(tmp_path / "captions_train.json")]
     mirror = Mirror(ENGLISH)
