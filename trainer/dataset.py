@@ -1,9 +1,9 @@
 """Batches of images with their captions, in an order that depends on the seed and epoch alone."""
 
 import random
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,53 @@ from tqdm import tqdm
 
 from exports.text import TextSpec, Tokenizer
 from trainer.data import Example
+from trainer.sides import Mirror
 from trainer.transforms import Sides, Transform
 
 _ENCODED_AT_ONCE = 64
-_SIDED = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
-def flips(captions: Iterable[str]) -> Sides:
-    """Returns how an image may be flipped: never where a caption says left or right."""
-    return "never" if any(_SIDED.search(caption) for caption in captions) else "free"
+@dataclass(frozen=True, slots=True)
+class CaptionIds:
+    """The captions of every image as ids, `<bos>` ... `<eos>`.
+
+    Attributes:
+        written: As they were written.
+        mirrored: As they are of the mirror image, in the same order; None where that is not known.
+    """
+
+    written: list[list[list[int]]]
+    mirrored: list[list[list[int]] | None]
+
+    @classmethod
+    def of(
+        cls, examples: Iterable[Example], tokenizer: Tokenizer, text: TextSpec, mirror: Mirror
+    ) -> "CaptionIds":
+        """Returns the captions of `examples`, longer ones cut."""
+
+        def ids(captions: Sequence[str]) -> list[list[int]]:
+            return [framed(tokenizer.encode(caption), text) for caption in captions]
+
+        captions = [example.captions for example in examples]
+        written = [ids(own) for own in captions]
+        others = [mirror(own) for own in captions]
+        return cls(
+            written,
+            [
+                known if other == own else None if other is None else ids(other)
+                for own, other, known in zip(captions, others, written, strict=True)
+            ],
+        )
+
+    def sides(self, index: int) -> Sides:
+        """Returns how an image may be turned."""
+        return "never" if self.mirrored[index] is None else "free"
+
+    def of_view(self, index: int, mirrored: bool) -> list[list[int]]:
+        """Returns the captions of an image, or those of its mirror image."""
+        found = self.mirrored[index] if mirrored else self.written[index]
+        assert found is not None, "an image was mirrored whose captions cannot be"
+        return found
 
 
 class TrainingData(Dataset[dict[str, Any]], ABC):
@@ -71,12 +109,8 @@ class CaptionDataset(TrainingData):
         self.examples, self.tokenizer, self.text = examples, tokenizer, text
         self.images, self.captions = images, captions
         self._transform, self._seed = transform, seed
-        self.token_ids = [
-            [framed(tokenizer.encode(caption), text) for caption in example.captions]
-            for example in examples
-        ]
-        self._flips = [flips(example.captions) for example in examples]
-        self._encoded: list[Tensor] = []  # by view, (n, N + 1, D)
+        self.token_ids = CaptionIds.of(examples, tokenizer, text, transform.mirror)
+        self._encoded: list[tuple[Tensor, list[bool]]] = []  # by view: (n, N + 1, D), mirrored
 
     def encode(self, encoder: Any, views: int) -> None:
         """Has a frozen encoder look once at each image's first views; items then hold what it saw.
@@ -87,49 +121,75 @@ class CaptionDataset(TrainingData):
             encoder: as in `trainer.encoders`, in evaluation mode, on any device.
             views: V, how many of each image; without augmentations one is all.
         """
-        device, encoded = next(encoder.parameters()).device, list[Tensor]()
-        starts = range(0, len(self), _ENCODED_AT_ONCE)
+        device, encoded = next(encoder.parameters()).device, list[tuple[Tensor, list[bool]]]()
         with tqdm(total=views * len(self), desc="encoding", unit="img", disable=None) as bar:
             for view in range(views):
-                blocks = []
-                for start in starts:
+                blocks, mirrored = [], list[bool]()
+                for start in range(0, len(self), _ENCODED_AT_ONCE):
                     rows = range(start, min(start + _ENCODED_AT_ONCE, len(self)))
-                    images = torch.stack([self[view, index]["image"] for index in rows])
+                    items = [self[view, index] for index in rows]
+                    images = torch.stack([item["image"] for item in items])
                     blocks.append(encoder.encoded(images.to(device)).float().cpu())
+                    mirrored += [item["mirrored"] for item in items]
                     bar.update(len(rows))
-                encoded.append(torch.cat(blocks))
+                encoded.append((torch.cat(blocks), mirrored))
         self._encoded = encoded
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.examples)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         draw = random.Random(f"{self._seed}-{epoch}-{index}")
-        own = self.token_ids[index]
-        drawn = draw.sample(range(len(own)), k=min(self.captions, len(own)))
-        drawn += draw.choices(range(len(own)), k=self.captions - len(drawn))
-        token_ids = [own[number] for number in drawn]
+        count = len(self.token_ids.written[index])
+        drawn = draw.sample(range(count), k=min(self.captions, count))
+        drawn += draw.choices(range(count), k=self.captions - len(drawn))
         if self._encoded:
-            view = self._encoded[epoch % len(self._encoded)][index]
+            features, sides = self._encoded[epoch % len(self._encoded)]
+            view, mirrored = features[index], sides[index]
         else:
             image = torch.from_numpy(self.images[index]).permute(2, 0, 1)
-            view = self._transform(image, draw.getrandbits(62), flip=self._flips[index])
-        return {"image": view, "token_ids": token_ids, "drawn": drawn, "index": index}
+            flip = self.token_ids.sides(index)
+            view, mirrored = self._transform.view(image, draw.getrandbits(62), flip=flip)
+        own = self.token_ids.of_view(index, mirrored)
+        return {
+            "image": view,
+            "mirrored": mirrored,
+            "token_ids": [own[number] for number in drawn],
+            "drawn": drawn,
+            "index": index,
+        }
+
+    def references(self, *, mirrored: bool) -> list[tuple[str, ...]]:
+        """Returns the captions of every image, or those of the mirror images that items may hold.
+
+        Args:
+            mirrored: which of the two.
+        """
+        written = [example.captions for example in self.examples]
+        if not mirrored:
+            return written
+        return [self._transform.mirror(captions) or captions for captions in written]
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Returns one batch.
 
         `images` (B, 3, H, W) uint8, or (B, N + 1, D) once encoded; `indices` (B,), of the
-        examples; `token_ids` (B * C, T), the captions of an image together, padded; `lengths`
-        (B * C,), tokens without padding.
+        examples; `mirrored` (B,), whether images and captions are those of the mirror image;
+        `token_ids` (B * C, T), the captions of an image together, padded; `lengths` (B * C,),
+        tokens without padding.
         """
         token_ids, lengths = padded(
             [ids for item in items for ids in item["token_ids"]], self.text.pad_id
         )
         images = torch.stack([item["image"] for item in items])
-        indices = torch.tensor([item["index"] for item in items])
-        return {"images": images, "token_ids": token_ids, "lengths": lengths, "indices": indices}
+        return {
+            "images": images,
+            "indices": torch.tensor([item["index"] for item in items]),
+            "mirrored": torch.tensor([item["mirrored"] for item in items]),
+            "token_ids": token_ids,
+            "lengths": lengths,
+        }
 
 
 class InterleavedDataset(TrainingData):
@@ -150,12 +210,13 @@ class InterleavedDataset(TrainingData):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         item = self._dataset[key]
-        others = self._shots[index].tolist()
-        captions = [self._dataset.token_ids[other] for other in others]
+        others = [(other, self._dataset[epoch, other]) for other in self._shots[index].tolist()]
+        known = self._dataset.token_ids
+        captions = [known.of_view(other, shown["mirrored"]) for other, shown in others]
         # Of all images the caption of the same place: where that decides the style or language,
         # a prompt is of one.
         shots = [own[number % len(own)] for number in item["drawn"] for own in captions]
-        images = torch.stack([self._dataset[epoch, other]["image"] for other in others])
+        images = torch.stack([shown["image"] for _, shown in others])
         return {**item, "shot_images": images, "shot_token_ids": shots}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -175,15 +236,14 @@ class InterleavedDataset(TrainingData):
 
 
 class ViewDataset(TrainingData):
-    """Items are views of one image, and where there are captions one of its captions.
+    """Items are views of one image, and where there are captions one of the first view's captions.
 
     Args:
         images: uint8 (n, H, W, 3), of any size that the transforms take.
         transforms: one for each view.
         seed: of the views and draws.
-        token_ids: of every image the captions as ids, `<bos>` ... `<eos>`, or None.
+        token_ids: of every image the captions, or None.
         pad_id: fills up shorter captions of a batch.
-        flips: of every image how it may be flipped; by default freely.
     """
 
     def __init__(
@@ -192,12 +252,10 @@ class ViewDataset(TrainingData):
         transforms: Sequence[Transform],
         *,
         seed: int,
-        token_ids: Sequence[Sequence[list[int]]] | None = None,
+        token_ids: CaptionIds | None = None,
         pad_id: int = 0,
-        flips: Sequence[Sides] | None = None,
     ) -> None:
         self._images, self._transforms, self._seed = images, transforms, seed
-        self._flips = flips or ["free"] * len(images)
         self._token_ids, self._pad_id = token_ids, pad_id
 
     def __len__(self) -> int:
@@ -207,11 +265,12 @@ class ViewDataset(TrainingData):
         epoch, index = key
         draw = random.Random(f"{self._seed}-{epoch}-{index}")
         image = torch.from_numpy(self._images[index]).permute(2, 0, 1)
-        flip = self._flips[index]
-        views = [one(image, draw.getrandbits(62), flip=flip) for one in self._transforms]
-        item: dict[str, Any] = {"views": views, "index": index}
+        sides = "free" if self._token_ids is None else self._token_ids.sides(index)
+        views = [one.view(image, draw.getrandbits(62), flip=sides) for one in self._transforms]
+        item: dict[str, Any] = {"views": [view for view, _ in views], "index": index}
         if self._token_ids is not None:
-            item["token_ids"] = draw.choice(self._token_ids[index])
+            mirrored = views[0][1]
+            item["token_ids"] = draw.choice(self._token_ids.of_view(index, mirrored))
         return item
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

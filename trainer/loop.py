@@ -29,6 +29,7 @@ from trainer.distributed import (
     world_size,
 )
 from trainer.errors import CheckpointError, ConfigError, DivergenceError
+from trainer.lora import merged
 from trainer.objective import Objective
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
 from trainer.runlog import RunLog
@@ -71,6 +72,7 @@ class TrainingLoop:
         evaluate: called after an epoch with the kept weights in place; what it returns is logged.
         evaluate_first: also call it, with epoch -1, before the first step, as step 0 of the log.
         after_evaluation: called when that is in the log, the kept weights still in place.
+        until: epochs to stop after; the schedule stays that of all of them.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class TrainingLoop:
         evaluate: Callable[[int], dict[str, float]] | None = None,
         evaluate_first: bool = False,
         after_evaluation: Callable[[], None] | None = None,
+        until: int | None = None,
     ) -> None:
         self._config, self._optim, self._seed, self._folder = config, optim, seed, folder
         self.device = device_of(config)
@@ -109,6 +112,7 @@ class TrainingLoop:
             )
         self._epoch_steps = batches // config.accumulate
         self.total = config.epochs * self._epoch_steps
+        self._until = config.epochs if until is None else until
         self.step = 0
 
     @property
@@ -120,10 +124,11 @@ class TrainingLoop:
         """Trains to the end, resuming where a checkpoint is."""
         if self.checkpoint.exists():
             self._load()
-        with RunLog(worker_folder(self._folder), total=self.total, start=self.step) as log:
+        to_make = self._until * self._epoch_steps
+        with RunLog(worker_folder(self._folder), total=to_make, start=self.step) as log:
             if self._evaluate_first and self.step == 0:
                 self._report(-1, log)
-            for epoch in range(self.step // self._epoch_steps, self._config.epochs):
+            for epoch in range(self.step // self._epoch_steps, self._until):
                 self._objective.before_epoch(epoch)
                 self._epoch(epoch, log)
                 self._finish_epoch(epoch, log)
@@ -141,7 +146,7 @@ class TrainingLoop:
                 self._save()
 
     def _finish_epoch(self, epoch: int, log: RunLog) -> None:
-        last = epoch + 1 == self._config.epochs
+        last = epoch + 1 == self._until
         if last or (epoch + 1) % self._config.evaluate_every == 0:
             self._report(epoch, log)
         self._save()
@@ -258,17 +263,20 @@ def device_of(config: Loop) -> torch.device:
 def load_kept_weights(module: nn.Module, path: Path, prefix: str) -> None:
     """Loads what a checkpoint keeps below `prefix`: the moving average where there is one.
 
+    Updates of low rank (see `trainer.lora`) are added to their weights.
+
     Raises:
         CheckpointError: the file is missing or damaged, or does not fit the module.
     """
     tensors, _ = load_checkpoint(path)
+    trained, average = (below(tensors, f"{part}.{prefix}") for part in ("objective", "average"))
     try:
-        module.load_state_dict(below(tensors, f"objective.{prefix}"))
+        module.load_state_dict(merged(trained))
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise CheckpointError(f"{path}: of another architecture: {first}") from None
     # After all the rest: the average has a tied weight (embedding and head) under one name only.
-    module.load_state_dict(below(tensors, f"average.{prefix}"), strict=False)
+    module.load_state_dict(merged(average, trained), strict=False)
 
 
 class _Swapped:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -29,45 +29,72 @@ class Optim(Config):
     """Share of the rate that is left at the end of the cosine."""
     scales: dict[str, float] = Field(default_factory=dict)
     """Parameter prefix -> factor on `lr`, e.g. `{ "captioner.encoder" = 0.1 }`."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor on the rate from each layer of an encoder to the one below it; 1 is off."""
 
 
-def freeze_prefixes(module: nn.Module, prefixes: Sequence[str]) -> None:
+@runtime_checkable
+class Layered(Protocol):
+    """A module whose layers are known: an encoder."""
+
+    def layers_above(self) -> dict[str, int]:
+        """Returns for each parameter how many layers stand above its own, 0 for the last."""
+
+
+def freeze_prefixes(module: nn.Module, prefixes: Sequence[str], *, key: str = "frozen") -> None:
     """Turns gradients off for the parameters at or below the dotted names in `prefixes`.
+
+    Args:
+        module: of the parameters.
+        prefixes: their names or what those begin with.
+        key: what a recipe calls them.
 
     Raises:
         ConfigError: a prefix that names no parameter.
     """
     for prefix in prefixes:
-        hit = [p for name, p in module.named_parameters() if _is_below(name, prefix)]
+        hit = [p for name, p in module.named_parameters() if is_below(name, prefix)]
         if not hit:
             tops = sorted({name.split(".")[0] for name, _ in module.named_parameters()})
-            raise ConfigError(f"frozen = {prefix!r} names no parameter; they begin with {tops}")
+            raise ConfigError(f"{key} = {prefix!r} names no parameter; they begin with {tops}")
         for parameter in hit:
             parameter.requires_grad_(False)
 
 
-def _is_below(name: str, prefix: str) -> bool:
+def is_below(name: str, prefix: str) -> bool:
+    """Returns whether a dotted name is `prefix` or begins with all of its parts."""
     return name == prefix or name.startswith(f"{prefix}.")
 
 
 def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
     """Returns the optimiser over every parameter of `module`.
 
-    Vectors (norms, biases) and embeddings of positions are not decayed; the longest prefix in
-    `config.scales` that fits decides a parameter's rate. Parameters that are frozen now take part
-    too: without a gradient they are left alone.
+    Vectors (norms, biases) and embeddings of positions are not decayed. A parameter's rate is
+
+        lr * scale * layer_decay ** k,
+
+    with the scale of the longest prefix in `config.scales` that fits, and k the layers of its
+    encoder that stand above it; 0 outside encoders. Clark et al., 2020, "ELECTRA",
+    https://arxiv.org/abs/2003.10555; in vision Bao et al., 2021, "BEiT",
+    https://arxiv.org/abs/2106.08254. Departure: there the last layer has k = 1, below the head;
+    here `scales` says how an encoder's rate compares to the rest.
+
+    Parameters that are frozen now take part too: without a gradient they are left alone.
 
     Raises:
-        ConfigError: a prefix in `config.scales` that names no parameter.
+        ConfigError: a prefix in `config.scales` that names no parameter, or a `layer_decay` where
+            there is no encoder with layers.
     """
     names = [name for name, _ in module.named_parameters()]
     for prefix in config.scales:
-        if not any(_is_below(name, prefix) for name in names):
+        if not any(is_below(name, prefix) for name in names):
             raise ConfigError(f"scales: {prefix!r} names no parameter; they look like {names[0]}")
+    above = _layers_above(module) if config.layer_decay < 1 else {}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        prefixes = [prefix for prefix in config.scales if _is_below(name, prefix)]
+        prefixes = [prefix for prefix in config.scales if is_below(name, prefix)]
         scale = config.scales[max(prefixes, key=len)] if prefixes else 1.0
+        scale *= config.layer_decay ** above.get(name, 0)
         positions = "wpe" in name or name.endswith(_POSITIONS)
         decayed = parameter.ndim > 1 and not positions
         decay = config.weight_decay if decayed else 0.0
@@ -79,6 +106,19 @@ def build_optimizer(module: nn.Module, config: Optim) -> torch.optim.Optimizer:
     if config.name == "lars":
         return Lars(rows, lr=config.lr, momentum=config.betas[0])
     return torch.optim.AdamW(rows, lr=config.lr, betas=config.betas, fused=True)
+
+
+def _layers_above(module: nn.Module) -> dict[str, int]:
+    """Returns `Layered.layers_above` of all parts of `module`, by the module's own names."""
+    found = {
+        f"{path}.{name}".removeprefix("."): above
+        for path, part in module.named_modules()
+        if isinstance(part, Layered)
+        for name, above in part.layers_above().items()
+    }
+    if not found:
+        raise ConfigError("optim.layer_decay: there is no encoder with layers here; leave it out")
+    return found
 
 
 class Lars(torch.optim.Optimizer):

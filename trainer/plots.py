@@ -1,7 +1,7 @@
-"""The log of a run as curves: one small plot for each figure."""
+"""The log of a run as curves, one small plot for each figure; and what folds have come to."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,51 @@ def plot_log(folder: Path) -> None:
     partial = folder / f"{CURVES}.partial"
     canvas.print_png(str(partial))
     partial.replace(folder / CURVES)
+
+
+def plot_folds(
+    path: Path,
+    folds: Mapping[int, Sequence[float]],
+    means: Mapping[int, tuple[float, float, float]],
+    *,
+    baseline: tuple[float, float, float],
+    chosen: int,
+) -> None:
+    """Draws how folds fared over the epochs: each faintly, their mean with a band, the best marked.
+
+    Args:
+        path: the picture, PNG.
+        folds: by epochs, the figure of each fold.
+        means: by epochs, the figure of all and the bounds of its 95 % interval.
+        baseline: a figure to beat, with its bounds.
+        chosen: the best number of epochs.
+    """
+    figure = Figure(figsize=(7.2, 4.2), dpi=100, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    epochs = list(means)
+    single = "o" if len(epochs) == 1 else ""
+    for curve in zip(*folds.values(), strict=True):
+        axes.plot(epochs, curve, color=_BLUE, linewidth=0.8, alpha=0.35, marker=single)
+    value, low, high = (np.array(row) for row in zip(*means.values(), strict=True))
+    axes.fill_between(epochs, low, high, color=_BLUE, alpha=0.15, linewidth=0)
+    axes.plot(epochs, value, color=_BLUE, linewidth=2, marker="o", markersize=4, label="mean")
+    axes.axhspan(*baseline[1:], color=_GREY, alpha=0.12, linewidth=0)
+    axes.axhline(
+        baseline[0], color=_GREY, linestyle="--", linewidth=1, label="nearest neighbour's caption"
+    )
+    axes.axvline(chosen, color=_GREY, linestyle=":", linewidth=1, label=f"best: {chosen} epochs")
+    axes.set_title("CIDEr-D of images not trained on", loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(f"{means[chosen][0]:.3g}", loc="right", fontsize=9, color=_GREY)
+    axes.set_xlabel("epochs")
+    axes.set_ylim(bottom=0)
+    axes.locator_params("x", integer=True)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=8)
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    partial = path.with_name(f"{path.name}.partial")
+    canvas.print_png(str(partial))
+    partial.replace(path)
 
 
 def _curves(rows: Sequence[dict[str, float]]) -> dict[str, Curve]:

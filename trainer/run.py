@@ -28,6 +28,7 @@ from trainer.data import Example
 from trainer.distributed import barrier, rank
 from trainer.errors import CheckpointError
 from trainer.loop import Loop, load_kept_weights
+from trainer.lora import Lora
 from trainer.matching import MatcherConfig
 from trainer.optim import Optim
 from trainer.probes import ProbeConfig
@@ -63,6 +64,14 @@ class TokenizerConfig(Config):
     vocab_size: int = 3072
 
 
+class Folds(Config):
+    """Keys of `[folds]`: how many epochs are best is found on folds of the training images."""
+
+    count: int = Field(default=5, ge=2)
+    patience: int = Field(default=5, ge=1)
+    """Evaluations that the folds go on at a time; they end where as many were no better."""
+
+
 class Recipe(Config):
     """A recipe that trains a captioner."""
 
@@ -78,9 +87,13 @@ class Recipe(Config):
     objective: dict[str, Any]
     matcher: MatcherConfig | None = None
     """For captioners that also tell whether a caption fits an image."""
+    lora: Lora | None = None
+    """Trains pretrained parts by updates of low rank; whoever reads the run finds them added."""
     augment: Augment = Augment()
     optim: Optim = Optim()
     loop: Loop
+    folds: Folds | None = None
+    """Without it training takes `loop.epochs`."""
     generation: Generation = Field(default_factory=Generation)
 
     @field_validator("augment")
@@ -162,8 +175,8 @@ def claimed(
 
 def _claim(config: Config, folder: Path, changeable: Any, state: str) -> None:
     path = folder / "recipe.json"
-    # What a method trains first has a checkpoint in a folder of its own.
-    saved = (folder / state).exists() or any(folder.glob(f"*/{state}"))
+    # What is trained first, by a method or as folds, has checkpoints in folders of its own.
+    saved = any(folder.rglob(state))
     if saved and path.exists():
         begun = validate(type(config), json.loads(path.read_text(encoding="utf-8")), str(path))
         old, new = (one.model_dump(mode="json", exclude=changeable) for one in (begun, config))

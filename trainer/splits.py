@@ -43,17 +43,9 @@ def split_examples(
     """
     if not 0 < fraction < 1:
         raise DataError(f"a held-out fraction of {fraction} is not between 0 and 1")
-    if fingerprints is None:
-        fingerprints = scan_images(examples).fingerprints
-    missing = next((item.image for item in examples if item.image not in fingerprints), None)
-    if missing is not None:
-        raise DataError(f"{missing}: cannot be decoded, so it belongs to no split; scan first")
-    looks = {example.image: fingerprints[example.image].look for example in examples}
     held_out: set[Path] = set()
-    for group in duplicate_groups(looks):
-        digest = min(fingerprints[path].sha256 for path in group)
-        draw = hashlib.sha256(f"{seed}:{digest}".encode()).digest()
-        if int.from_bytes(draw[:8], "big") < fraction * 2**64:
+    for draw, group in _drawn_groups(examples, seed, fingerprints):
+        if draw < fraction * 2**64:
             held_out.update(group)
     training = [example for example in examples if example.image not in held_out]
     rest = [example for example in examples if example.image in held_out]
@@ -64,6 +56,63 @@ def split_examples(
             f"{len(examples)} examples empty; take another fraction or seed"
         )
     return training, rest
+
+
+def folds(
+    examples: Sequence[Example],
+    count: int,
+    seed: int,
+    *,
+    fingerprints: Mapping[Path, Fingerprint] | None = None,
+) -> list[list[Example]]:
+    """Returns the examples in `count` parts, each in their order, with images as even as can be.
+
+    A hash of the seed and the images' bytes decides, so names, folders and order do not matter.
+    Near-duplicates are in one part. Images that a person has captioned are dealt out first, so that
+    parts have as many of them as of all.
+
+    Args:
+        examples: Images that decode (see `photos.scan_images`).
+        count: How many parts, at least 2.
+        seed: Another seed gives other parts.
+        fingerprints: From the scan; when absent the images are scanned here.
+
+    Raises:
+        DataError: There are fewer different images than parts, or an image has no fingerprint.
+    """
+    by_hand = {e.image for e in examples if e.captions and e.source == "human"}
+    groups = sorted(
+        _drawn_groups(examples, seed, fingerprints),
+        key=lambda drawn: (by_hand.isdisjoint(drawn[1]), -len(drawn[1]), drawn[0]),
+    )
+    if not 2 <= count <= len(groups):
+        raise DataError(
+            f"{len(groups)} different images (near-duplicates counted once) cannot be parted into "
+            f"{count} folds; take 2 to as many as there are images"
+        )
+    parts: list[list[Path]] = [[] for _ in range(count)]
+    for _, group in groups:
+        min(parts, key=len).extend(group)  # Graham's rule: the largest first, to the emptiest part
+    numbers = {path: number for number, part in enumerate(parts) for path in part}
+    return [[e for e in examples if numbers[e.image] == number] for number in range(count)]
+
+
+def _drawn_groups(
+    examples: Sequence[Example], seed: int, fingerprints: Mapping[Path, Fingerprint] | None
+) -> list[tuple[int, list[Path]]]:
+    """Returns the near-duplicates among examples in groups, each with a number of 64 bits."""
+    if fingerprints is None:
+        fingerprints = scan_images(examples).fingerprints
+    missing = next((item.image for item in examples if item.image not in fingerprints), None)
+    if missing is not None:
+        raise DataError(f"{missing}: cannot be decoded, so it belongs to no split; scan first")
+    looks = {example.image: fingerprints[example.image].look for example in examples}
+    found = []
+    for group in duplicate_groups(looks):
+        digest = min(fingerprints[path].sha256 for path in group)
+        draw = hashlib.sha256(f"{seed}:{digest}".encode()).digest()
+        found.append((int.from_bytes(draw[:8], "big"), group))
+    return found
 
 
 def duplicate_groups(

@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from trainer.config import Config
 from trainer.errors import ConfigError
 from trainer.filters import gaussian_blur, shift_hue
+from trainer.sides import Mirror
 
 Sides = Literal["free", "never"]
 
@@ -34,6 +35,7 @@ def _ascending(span: tuple[float, float]) -> tuple[float, float]:
 Share = Annotated[float, Field(gt=0, le=1)]
 Sigmas = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 Shares = Annotated[tuple[Share, Share], AfterValidator(_ascending)]
+Word = Annotated[str, Field(pattern=r"^\S+$")]
 
 
 class Row(Config, ABC):
@@ -41,9 +43,11 @@ class Row(Config, ABC):
 
     Attributes:
         turns_sides: Whether it may exchange left and right.
+        mirrors: Whether it does, and nothing else, when it acts.
     """
 
     turns_sides: ClassVar[bool] = False
+    mirrors: ClassVar[bool] = False
 
     probability: float = Field(default=1.0, ge=0, le=1)
 
@@ -100,11 +104,15 @@ class Quarters(Row):
 
 
 class Flip(Row):
-    """Exchanges left and right, unless the image's captions say either word."""
+    """Exchanges left and right, in the image's captions too if `swaps` says how."""
 
     turns_sides = True
+    mirrors = True
 
     probability: float = Field(default=0.5, ge=0, le=1)
+    swaps: tuple[tuple[Word, Word], ...] = ()
+    """Words of captions that change places, such as `[["left", "right"]]`, in any language. Without
+    any, an image is never flipped whose captions say left or right (see `trainer.sides`)."""
 
     def apply(self, image: Tensor, draw: random.Random) -> Tensor:
         """Returns the mirror image."""
@@ -232,6 +240,9 @@ class Transform:
         config: the rows.
         size: height and width of the views; images of another size are resized.
 
+    Attributes:
+        mirror: Makes an image's captions those of the mirror image.
+
     Raises:
         ConfigError: quarter turns of views that are not square.
     """
@@ -243,11 +254,16 @@ class Transform:
                 "their size when turned"
             )
         self._size, self._crop = size, config.crop
+        self.mirror = Mirror(config.flip.swaps if config.flip else ())
         rows: list[Row | None] = [getattr(config, name) for name in type(config).model_fields]
         self._rows = [row for row in rows if row is not None and row is not config.crop]
 
     def __call__(self, image: Tensor, seed: int, *, flip: Sides) -> Tensor:
-        """Returns a view of `image` (3, H, W) that depends on `seed` alone.
+        """Returns a view of `image` (3, H, W) that depends on `seed` alone; see `view`."""
+        return self.view(image, seed, flip=flip)[0]
+
+    def view(self, image: Tensor, seed: int, *, flip: Sides) -> tuple[Tensor, bool]:
+        """Returns a view of `image` (3, H, W), and whether it is a mirror image.
 
         Args:
             image: uint8, never written to.
@@ -258,11 +274,12 @@ class Transform:
         view = image if self._crop is None else self._crop(image, draw)
         if view.shape[1:] != self._size:  # as torchvision's `resize`, in half its time
             view = interpolate(view[None], self._size, mode="bilinear", antialias=True)[0]
-        view = view.contiguous()
+        view, mirrored = view.contiguous(), False
         for row in self._rows:
             if flip == "free" or not row.turns_sides:
-                view = row(view, draw)
-        return view
+                before, view = view, row(view, draw)
+                mirrored ^= row.mirrors and view is not before
+        return view, mirrored
 
 
 def _part(image: Tensor, share: float, ratio: float, draw: random.Random) -> tuple[slice, slice]:

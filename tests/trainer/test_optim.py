@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from tiny_captioner import CNN, VIT
 from torch import nn
 
 import trainer  # noqa: F401  before timm, see trainer.torchvision_ops
 from trainer.checkpoint import pack_optimizer, unpack_optimizer
+from trainer.errors import ConfigError
 from trainer.optim import Optim, build_optimizer
 
 
@@ -69,3 +71,59 @@ def test_adamw_steps_as_pytorch_s_plain_one_in_any_layout_and_after_a_pause() ->
             optimizer.step()
     torch.testing.assert_close(ours.weight, theirs.weight)
     torch.testing.assert_close(ours.bias, theirs.bias)
+
+
+def rates(module: nn.Module, **keys: object) -> dict[str, float]:
+    """Returns every parameter's share of the rate, by name."""
+    optimizer = build_optimizer(module, Optim.model_validate(keys))
+    shares = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: shares[id(p)] for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "expected"),
+    [
+        (
+            {**VIT, "depth": 3},
+            {
+                "cls_token": 0.125,
+                "pos_embed": 0.125,
+                "patch_embed.proj.weight": 0.125,
+                "blocks.0.attn.qkv.weight": 0.25,
+                "blocks.1.mlp.fc1.bias": 0.5,
+                "blocks.2.norm1.weight": 1.0,
+                "norm.weight": 1.0,
+            },
+        ),
+        (  # a stem and seven stages
+            CNN,
+            {
+                "conv_stem.weight": 1 / 128,
+                "bn1.weight": 1 / 128,
+                "blocks.0.0.conv_dw.weight": 1 / 64,
+                "blocks.3.1.conv_pw.weight": 1 / 8,
+                "blocks.5.0.bn1.bias": 0.5,
+                "blocks.6.0.conv_pwl.weight": 1.0,
+                "conv_head.weight": 1.0,
+                "bn2.weight": 1.0,
+            },
+        ),
+    ],
+)
+def test_a_layer_is_slower_than_the_one_above_it(make_captioner, encoder, expected) -> None:
+    module = nn.ModuleDict({"captioner": make_captioner(encoder=encoder)})
+    prefix = "captioner.encoder.backbone."
+    found = rates(module, layer_decay=0.5)
+    assert {name: found[prefix + name] for name in expected} == pytest.approx(expected)
+    others = {share for name, share in found.items() if not name.startswith("captioner.encoder")}
+    assert others == {1.0}
+    scales = {"captioner.encoder": 0.1, f"{prefix}blocks.0": 0.01}
+    scaled = rates(module, layer_decay=0.5, scales=scales)
+    for name, share in expected.items():
+        factor = 0.01 if name.startswith("blocks.0") else 0.1
+        assert scaled[prefix + name] == pytest.approx(factor * share)
+
+
+def test_layers_of_what_has_none_cannot_differ() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.layer_decay: there is no encoder with layers"):
+        build_optimizer(network(), Optim(layer_decay=0.75))

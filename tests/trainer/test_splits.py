@@ -10,7 +10,7 @@ from PIL import Image
 from trainer.data import Example
 from trainer.errors import DataError
 from trainer.photos import Fingerprint, scan_images
-from trainer.splits import duplicate_groups, split_examples
+from trainer.splits import duplicate_groups, folds, split_examples
 
 
 def _made_up(count: int, seed: int = 0) -> tuple[list[Example], dict[Path, Fingerprint]]:
@@ -94,3 +94,54 @@ def test_an_undecodable_image_belongs_to_no_split(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no")
     with pytest.raises(DataError, match=r"a\.jpg: cannot be decoded"):
         split_examples([Example(tmp_path / "a.jpg", (), None)], 0.5, 0)
+
+
+@pytest.mark.parametrize(("images", "count"), [(100, 5), (101, 5), (7, 7), (48, 2)])
+def test_folds_are_even_and_hold_every_image_once(images: int, count: int) -> None:
+    examples, prints = _made_up(images)
+    parts = folds(examples, count, 0, fingerprints=prints)
+    assert sorted((e for part in parts for e in part), key=lambda e: e.image) == examples
+    sizes = [len(part) for part in parts]
+    assert len(sizes) == count and max(sizes) - min(sizes) <= 1
+    assert all(part == sorted(part, key=lambda e: e.image) for part in parts)
+
+
+def test_folds_depend_on_the_seed_and_not_on_the_order() -> None:
+    examples, prints = _made_up(60)
+    parts = folds(examples, 4, 1, fingerprints=prints)
+    assert [part[::-1] for part in folds(examples[::-1], 4, 1, fingerprints=prints)] == parts
+    assert folds(examples, 4, 2, fingerprints=prints) != parts
+
+
+def test_near_duplicates_share_a_fold_and_folds_stay_even() -> None:
+    examples, prints = _made_up(40)
+    for first in (0, 10, 20, 30):  # four groups of four
+        for other in range(first + 1, first + 4):
+            look = prints[examples[first].image].look
+            prints[examples[other].image] = Fingerprint(f"{other:064x}", look)
+    for seed in range(5):
+        parts = folds(examples, 4, seed, fingerprints=prints)
+        assert [len(part) for part in parts] == [10] * 4
+        for first in (0, 10, 20, 30):
+            group = set(range(first, first + 4))
+            numbers = [{int(e.image.stem) for e in part} for part in parts]
+            assert sum(bool(group & own) for own in numbers) == 1
+
+
+def test_images_captioned_by_hand_are_spread_over_the_folds() -> None:
+    examples, prints = _made_up(60)
+    captioned = [
+        Example(e.image, ("words",), None, "human" if n < 20 else "synthetic")
+        for n, e in enumerate(examples)
+    ]
+    parts = folds(captioned, 5, 0, fingerprints=prints)
+    assert [len(part) for part in parts] == [12] * 5
+    assert [sum(e.source == "human" for e in part) for part in parts] == [4] * 5
+
+
+@pytest.mark.parametrize("count", [1, 11])
+def test_an_impossible_number_of_folds_is_refused(count: int) -> None:
+    examples, prints = _made_up(11)
+    prints[examples[1].image] = prints[examples[0].image]
+    with pytest.raises(DataError, match=rf"10 different images .* cannot be parted into {count}"):
+        folds(examples, count, 0, fingerprints=prints)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from trainer.config import Config, read_recipe, validate
-from trainer.dataset import ViewDataset, flips
+from trainer.dataset import CaptionIds, ViewDataset
 from trainer.errors import ConfigError
 from trainer.stages import pretrain
 from trainer.transforms import Augment, Jitter, Transform
@@ -178,9 +178,7 @@ def test_a_flip_is_the_mirror_image_and_twice_nothing() -> None:
     assert twice.equal(image)
 
 
-def test_captions_with_left_and_right_keep_their_sides() -> None:
-    assert flips(["a dog", "A cup LEFT of a plate"]) == flips(["right"]) == "never"
-    assert flips(["a bright leftover"]) == flips([]) == "free"
+def test_what_may_not_be_flipped_is_not() -> None:
     image = noise()
     rows = {name: {**EVERYTHING[name], "probability": 1} for name in ("flip", "quarters", "grey")}
     transform = Transform(Augment.model_validate(rows), (40, 40))
@@ -338,6 +336,7 @@ def test_a_method_that_reads_captions_keeps_them_true(shapes: Path, tmp_path: Pa
     image = ramps(4)
     pixels = image.permute(1, 2, 0)[None].repeat(2, 1, 1, 1).numpy()
     transform = Transform(Augment.model_validate({"flip": {"probability": 1}}), (4, 4))
-    dataset = ViewDataset(pixels, [transform], seed=0, flips=["free", "never"])
+    captions = CaptionIds(written=[[[3]], [[4]]], mirrored=[[[3]], None])
+    dataset = ViewDataset(pixels, [transform], seed=0, token_ids=captions)
     assert dataset[0, 0]["views"][0].equal(image.flip(2))
     assert dataset[0, 1]["views"][0].equal(image)

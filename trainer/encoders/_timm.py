@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from trainer.config import Config as BaseConfig
@@ -62,6 +63,18 @@ class TimmEncoder(nn.Module):
         self.image_size = image_size
         self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1), persistent=False)
+
+    def layers_above(self) -> dict[str, int]:
+        """Returns for each parameter how many layers stand above its own, 0 for the last.
+
+        Layers are a transformer's blocks or a convolutional network's stages, and the stem below
+        them; what follows the last one counts to it.
+        """
+        groups = group_parameters(
+            self.backbone, self.backbone.group_matcher(coarse=True), reverse=True
+        )
+        last = max(groups.values())
+        return {f"backbone.{name}": last - group for name, group in groups.items()}
 
     def load(self, where: Path, tensors: dict[str, Tensor]) -> None:
         """Loads tensors by another library's names, as those of a file `where`.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trainer.checkpoint import CHECKPOINT, below, load_checkpoint
 from trainer.errors import CheckpointError, ConfigError
+from trainer.lora import merged
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 # A training script's checkpoint holds its model under one of these; the averaged one is better.
@@ -98,7 +99,9 @@ def _read_run(path: Path) -> WeightsFile:
     for encoder in _RUN_ENCODERS:
         kept = below(tensors, f"objective.{encoder}") | below(tensors, f"average.{encoder}")
         if kept:
-            return WeightsFile(path, kept, from_run=True, image_size=_image_size(path.parent))
+            return WeightsFile(
+                path, merged(kept), from_run=True, image_size=_image_size(path.parent)
+            )
     raise CheckpointError(f"{path}: a checkpoint of this trainer, but of no image encoder")
 
 

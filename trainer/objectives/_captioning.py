@@ -10,6 +10,7 @@ from trainer.attention import Memory
 from trainer.captioner import Captioner
 from trainer.config import Config as BaseConfig
 from trainer.dataset import CaptionDataset, TrainingData
+from trainer.lora import LowRank
 from trainer.objective import Objective
 from trainer.optim import freeze_prefixes
 
@@ -60,9 +61,12 @@ class CaptioningObjective(Objective):
             parameter.requires_grad_(epoch >= self._encoder_from)
 
     def train(self, mode: bool = True) -> "CaptioningObjective":
-        """Sets training mode everywhere but in the encoder."""
+        """Sets training mode everywhere but in the encoder; its updates (LoRA) have dropout."""
         super().train(mode)
         self.captioner.encoder.eval()
+        for part in self.captioner.encoder.modules():
+            if isinstance(part, LowRank):
+                part.train(mode)
         return self
 
 

@@ -21,7 +21,7 @@ from trainer.captioner import Captioner
 from trainer.dataset import CaptionDataset
 from trainer.decoding import sample
 from trainer.errors import ConfigError
-from trainer.metrics.cider import CiderD
+from trainer.metrics.cider import CiderD, DocumentFrequencies
 from trainer.objectives._captioning import (
     IGNORE_INDEX,
     CaptioningConfig,
@@ -63,9 +63,13 @@ class Objective(CaptioningObjective):
             raise ConfigError(f"scst: samples = {config.samples}; a baseline takes at least 2")
         self._config = config
         self._decode = dataset.tokenizer.decode
-        self._scorer = CiderD(
-            [[caption + _END for caption in e.captions] for e in dataset.examples]
+        written, mirrored = (
+            [[caption + _END for caption in own] for own in dataset.references(mirrored=side)]
+            for side in (False, True)
         )
+        self._images = len(written)
+        frequencies = DocumentFrequencies.of(written)
+        self._scorer = CiderD(written + mirrored, frequencies=frequencies)
 
     def train(self, mode: bool = True) -> "Objective":
         """Keeps evaluation mode: no dropout (see departure 3 of the module)."""
@@ -83,7 +87,8 @@ class Objective(CaptioningObjective):
         token_ids, lengths = sample(
             self.captioner, memory, count, max_new_tokens=self._config.max_new_tokens
         )
-        rewards = self._rewards(token_ids, lengths, batch["indices"].tolist())
+        references = batch["indices"] + self._images * batch["mirrored"]
+        rewards = self._rewards(token_ids, lengths, references.tolist())
         advantage = leave_one_out(rewards).flatten().to(token_ids.device)
         logits = self.captioner.decoder(token_ids[:, :-1], memory)
         policy = policy_loss(logits.float(), labels_of(token_ids, lengths), advantage)

@@ -3,8 +3,11 @@
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from exports.manifest import Generation
 from exports.text import Tokenizer
 from trainer.data import Example
 from trainer.dataset import CaptionDataset, EpochSampler, padded
@@ -16,6 +19,19 @@ from trainer.retrieval import Pairs, Reader, measure
 from trainer.run import Recipe
 from trainer.stages._collapse import PROBE, CollapseWatch
 from trainer.transforms import Augment, Transform
+
+
+def captions_of(
+    objective: CaptioningObjective,
+    tokenizer: Tokenizer,
+    pixels: NDArray[np.uint8],
+    generation: Generation,
+) -> list[str]:
+    """Returns the best caption of each image, uint8 (n, H, W, 3)."""
+    prompt = objective.prompt_ids
+    steps = TorchSteps(objective.captioner)
+    best = best_hypotheses(steps, pixels, generation, prefix=prompt, progress=False)
+    return [tokenizer.decode(one.token_ids[len(prompt) :]) for one in best]
 
 
 class Evaluation:
@@ -54,15 +70,9 @@ class Evaluation:
         return {f"dev/{name}": value for name, value in figures.items()}
 
     def _of_captions(self, epoch: int) -> dict[str, float]:
-        prompt = self._objective.prompt_ids
-        best = best_hypotheses(
-            TorchSteps(self._objective.captioner),
-            self._pixels,
-            self._config.generation,
-            prefix=prompt,
-            progress=False,
+        captions = captions_of(
+            self._objective, self._tokenizer, self._pixels, self._config.generation
         )
-        captions = [self._tokenizer.decode(one.token_ids[len(prompt) :]) for one in best]
         self._watch.check(epoch, captions)
         found: dict[str, float] = {}
         for metric in (cider, bleu, distinct):

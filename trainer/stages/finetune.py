@@ -12,6 +12,7 @@ from trainer.data import Example, check_apart
 from trainer.dataset import CaptionDataset
 from trainer.errors import ConfigError
 from trainer.loop import TrainingLoop, device_of
+from trainer.lora import adapt
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
 from trainer.run import (
@@ -25,14 +26,18 @@ from trainer.run import (
 )
 from trainer.splits import split_examples
 from trainer.stages._evaluation import Evaluation
+from trainer.stages._folds import Measure, chosen_epochs
 from trainer.transforms import Transform
 
-# Keys of a recipe that may change while its run is under way: what is learnt is the same.
-_CHANGEABLE: Any = {
-    "loop": {"workers", "save_every", "evaluate_every", "device"},
-    "data": {"dev", "dev_split", "dev_images"},
-    "generation": True,
-}
+
+def _changeable(config: Config) -> Any:
+    """Returns the keys that may change while a run is under way: what is learnt is the same."""
+    loop = {"workers", "save_every", "device"}
+    found: dict[str, Any] = {"loop": loop, "data": {"dev", "dev_split", "dev_images"}}
+    if config.folds is None:  # else they decide how long is trained
+        loop.add("evaluate_every")
+        found["generation"] = True
+    return found
 
 
 def run(config: Config, out_dir: Path) -> None:
@@ -41,12 +46,31 @@ def run(config: Config, out_dir: Path) -> None:
     Raises:
         CheckpointError: another process trains there, or the run there is of another recipe.
     """
-    with claimed(config, out_dir, changeable=_CHANGEABLE):
-        _train(config, out_dir)
+
+    def train_fold(
+        folder: Path, training: list[Example], measure: Measure, until: int | None
+    ) -> None:
+        with claimed(config, folder, changeable=_changeable(config)):
+            _train(config, folder, training, measure, until)
+
+    with claimed(config, out_dir, changeable=_changeable(config)):
+        examples, held_out = _read(config)
+        until = None
+        if config.folds is not None:
+            until = chosen_epochs(config, examples, out_dir, train_fold)
+        _train(config, out_dir, examples, _evaluation(config, held_out), until)
 
 
-def _train(config: Config, out_dir: Path) -> None:
-    examples, held_out = _read(config)
+def _evaluation(config: Config, held_out: list[Example]) -> Measure:
+    """Returns what measures a run on held-out images; nothing does where there are none."""
+    if not held_out:
+        return lambda objective, dataset: None
+    return lambda objective, dataset: Evaluation(config, objective, dataset.tokenizer, held_out)
+
+
+def _train(
+    config: Config, out_dir: Path, examples: list[Example], measure: Measure, until: int | None
+) -> None:
     text, tokenizer = _tokenizer(config, examples, out_dir)
     torch.manual_seed(config.seed)
     begins = config.start is None and not (out_dir / CHECKPOINT).exists()
@@ -66,6 +90,8 @@ def _train(config: Config, out_dir: Path) -> None:
         transform=Transform(config.augment, size),
         seed=config.seed,
     )
+    if config.lora is not None:
+        adapt(captioner, config.lora)
     captioner.to(device_of(config.loop))
     objective = module.Objective(objective_config, captioner, dataset)
     if config.loop.accumulate > 1 and not objective.divisible:
@@ -91,7 +117,8 @@ def _train(config: Config, out_dir: Path) -> None:
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=Evaluation(config, objective, tokenizer, held_out) if held_out else None,
+        evaluate=measure(objective, dataset),
+        until=until,
     ).run()
 
 

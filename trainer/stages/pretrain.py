@@ -18,7 +18,7 @@ from exports.text import TextSpec
 from trainer import variants
 from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example, describe, read_examples
-from trainer.dataset import ViewDataset, flips, framed
+from trainer.dataset import CaptionIds, ViewDataset
 from trainer.distributed import rank
 from trainer.errors import ConfigError, DataError
 from trainer.loop import TrainingLoop
@@ -29,6 +29,7 @@ from trainer.probes import Probes, collapse_alarm
 from trainer.run import PretrainRecipe as Config
 from trainer.run import claimed, run_tokenizer
 from trainer.runlog import read_log
+from trainer.sides import Mirror
 from trainer.transforms import Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
@@ -65,12 +66,13 @@ def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
             augment.check_upright()
     examples = _read(config, reads_captions=module.Method.reads_captions)
     _check_batches(config, module.Method, len(examples))
+    size = (config.image.height, config.image.width)
+    first = Transform(config.augment, size)
     text, token_ids = None, None
     if module.Method.reads_captions:
-        text, token_ids = _token_ids(config, examples, out_dir)
+        text, token_ids = _token_ids(config, examples, first.mirror, out_dir)
     torch.manual_seed(config.seed)
     encoder_module, encoder_config = variants.parse("encoders", config.encoder)
-    size = (config.image.height, config.image.width)
     encoder = encoder_module.Encoder(encoder_config, size)
     batches = len(examples) // config.loop.batch_size // config.loop.accumulate
     method = module.Method(
@@ -79,7 +81,6 @@ def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
         Setting(len(examples), config.loop.batch_size, batches * config.loop.epochs, text, batches),
     )
     images = load_all(examples, config.stored_image)
-    first = Transform(config.augment, size)
     others = Transform(config.second_view or config.augment, size)
     transforms = [first, *[others] * (module.Method.views - 1)]
     dataset = ViewDataset(
@@ -88,7 +89,6 @@ def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
         seed=config.seed,
         token_ids=token_ids,
         pad_id=text.pad_id if text else 0,
-        flips=[flips(example.captions) for example in examples] if text else None,
     )
     report = None
     if rank() == 0:
@@ -138,8 +138,8 @@ def _check_batches(config: Config, method: type[Method], images: int) -> None:
 
 
 def _token_ids(
-    config: Config, examples: list[Example], out_dir: Path
-) -> tuple[TextSpec, list[list[list[int]]]]:
+    config: Config, examples: list[Example], mirror: Mirror, out_dir: Path
+) -> tuple[TextSpec, CaptionIds]:
     """Returns the captions' vocabulary, and every image's captions as ids."""
     text, tokenizer = run_tokenizer(
         examples,
@@ -147,10 +147,7 @@ def _token_ids(
         max_length=config.data.max_tokens,
         folder=out_dir,
     )
-    return text, [
-        [framed(tokenizer.encode(caption), text) for caption in example.captions]
-        for example in examples
-    ]
+    return text, CaptionIds.of(examples, tokenizer, text, mirror)
 
 
 def _prepare(config: Config, method: Method, dataset: ViewDataset, out_dir: Path) -> None:

@@ -18,11 +18,10 @@ from exports.images import ImageSpec
 from trainer import variants
 from trainer.config import validate
 from trainer.data import Example, describe, read_examples
-from trainer.dataset import flips
 from trainer.errors import ConfigError
 from trainer.photos import load_pixels, usable_examples
 from trainer.run import PretrainRecipe, Recipe
-from trainer.transforms import Transform
+from trainer.transforms import Sides, Transform
 
 _IMAGES, _VIEWS = 8, 8
 _CELL = 128  # pixels that a picture has at least, when enlarged
@@ -93,7 +92,8 @@ def _row(
     """Returns the pictures of one image, uint8 (H, W, 3)."""
     stored, captioned = _training(recipe)
     pixels = torch.from_numpy(load_pixels(example.image, stored)).permute(2, 0, 1)
-    flip = flips(example.captions if captioned else ())
+    known = not captioned or columns[0].mirror(example.captions) is not None
+    flip: Sides = "free" if known else "never"
     views = [
         transform(pixels, recipe.seed + number * len(columns) + column, flip=flip)
         for column, transform in enumerate(columns)
