@@ -66,6 +66,49 @@ def split_examples(
     return training, rest
 
 
+def folds(
+    examples: Sequence[Example],
+    count: int,
+    seed: int,
+    *,
+    fingerprints: Mapping[Path, Fingerprint] | None = None,
+) -> list[tuple[list[Example], list[Example]]]:
+    """Returns `count` pairs (training, held-out) that hold every example out once.
+
+    Near-duplicates stay together, and sizes are as equal as that allows. What falls together
+    depends on the seed and the images' bytes alone, not on names or order.
+
+    Args:
+        examples: Images that decode (see `photos.scan_images`), each in its order on both sides.
+        count: How many folds, at least 2.
+        seed: Another seed gives other folds.
+        fingerprints: From the scan; when absent the images are scanned here.
+
+    Raises:
+        DataError: There are fewer different images than folds.
+    """
+    if fingerprints is None:
+        fingerprints = scan_images(examples).fingerprints
+    groups = duplicate_groups({e.image: fingerprints[e.image].look for e in examples})
+    if not 2 <= count <= len(groups):
+        raise DataError(
+            f"{count} folds of {len(examples)} examples of {len(groups)} different images (near-"
+            "duplicates are one); take at least 2 and at most as many as there are different images"
+        )
+
+    def drawn(group: list[Path]) -> bytes:
+        digest = min(fingerprints[path].sha256 for path in group)
+        return hashlib.sha256(f"{seed}:{digest}".encode()).digest()
+
+    held_out: list[set[Path]] = [set() for _ in range(count)]
+    for group in sorted(groups, key=lambda group: (-len(group), drawn(group))):
+        min(held_out, key=len).update(group)
+    return [
+        ([e for e in examples if e.image not in own], [e for e in examples if e.image in own])
+        for own in held_out
+    ]
+
+
 def duplicate_groups(
     looks: Mapping[Path, bytes], *, distance: int = NEAR_DUPLICATE
 ) -> list[list[Path]]:
