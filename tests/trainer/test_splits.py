@@ -10,7 +10,7 @@ from PIL import Image
 from trainer.data import Example
 from trainer.errors import DataError
 from trainer.photos import Fingerprint, scan_images
-from trainer.splits import duplicate_groups, split_examples
+from trainer.splits import duplicate_groups, folds, split_examples
 
 
 def _made_up(count: int, seed: int = 0) -> tuple[list[Example], dict[Path, Fingerprint]]:
@@ -94,3 +94,43 @@ def test_an_undecodable_image_belongs_to_no_split(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("no")
     with pytest.raises(DataError, match=r"a\.jpg: cannot be decoded"):
         split_examples([Example(tmp_path / "a.jpg", (), None)], 0.5, 0)
+
+
+def test_folds_hold_every_image_out_once_in_equal_parts() -> None:
+    examples, prints = _made_up(53)
+    found = folds(examples, 5, 0, fingerprints=prints)
+    assert sorted(len(held_out) for _, held_out in found) == [10, 10, 11, 11, 11]
+    assert sorted(str(e.image) for _, held_out in found for e in held_out) == [
+        str(example.image) for example in examples
+    ]
+    for training, held_out in found:
+        assert [e for e in examples if e not in held_out] == training
+
+
+def test_folds_depend_on_the_seed_and_not_on_order() -> None:
+    examples, prints = _made_up(40)
+    found = folds(examples, 4, 0, fingerprints=prints)
+    again = folds(examples[::-1], 4, 0, fingerprints=prints)
+    assert [held_out[::-1] for _, held_out in again] == [held_out for _, held_out in found]
+    assert folds(examples, 4, 1, fingerprints=prints) != found
+
+
+def test_near_duplicates_share_a_fold() -> None:
+    examples, prints = _made_up(30)
+    for first, second in ((0, 7), (7, 20), (3, 4)):  # 0, 7 and 20 are a chain
+        look = bytearray(prints[examples[first].image].look)
+        look[second % 16] ^= 0xFF
+        sha256 = prints[examples[second].image].sha256
+        prints[examples[second].image] = Fingerprint(sha256, bytes(look))
+    found = folds(examples, 10, 0, fingerprints=prints)
+    place = {e: number for number, (_, held_out) in enumerate(found) for e in held_out}
+    assert place[examples[0]] == place[examples[7]] == place[examples[20]]
+    assert place[examples[3]] == place[examples[4]]
+    assert {len(held_out) for _, held_out in found} == {3}
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_an_impossible_number_of_folds_is_refused(count: int) -> None:
+    examples, prints = _made_up(8)
+    with pytest.raises(DataError, match=f"{count} folds of 8 examples of 8 different images"):
+        folds(examples, count, 0, fingerprints=prints)
