@@ -86,14 +86,10 @@ def _config(source: str | Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         line = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{source}: no run of `pretrain` with method clip, and no {_CLASS} of transformers "
-            f"({line})"
-        ) from error
+        raise CheckpointError(f"{source}: no {_CLASS} of transformers: {line}") from error
     if config.model_type != "clip":
         raise CheckpointError(
-            f"{source}: a checkpoint of {config.model_type!r}; an alignment begins with a "
-            f"{_CLASS} of transformers or with a run of `pretrain` with method clip"
+            f"{source}: a checkpoint of {config.model_type!r}, but a {_CLASS} is needed"
         )
     return config
 

@@ -13,14 +13,14 @@ from exports.images import ImageSpec
 from trainer.alignment import MEAN_RECALL, ORIGINAL, Forgetting, Retrieval
 from trainer.charts import Curve
 from trainer.checkpoint import CHECKPOINT
-from trainer.data import Example, describe, read_examples
+from trainer.data import Example
 from trainer.dataset import ViewDataset, flips, framed
 from trainer.forgetting import agreement
 from trainer.interpolation import interpolated
 from trainer.loop import TrainingLoop, device_of, load_kept_weights
 from trainer.metrics._scores import Scores, mean_scores
 from trainer.optim import train_only
-from trainer.photos import load_all, usable_examples
+from trainer.photos import load_all
 from trainer.retrieval import Pairs, mean_recall, rank_scores, retrieval_ranks
 from trainer.stages._alignment_recipe import Config
 from trainer.stages._last_blocks import last_blocks
@@ -101,17 +101,10 @@ class Bench:
             },
         )
 
-    def forgetting(self, dev: Sequence[Example], weights: dict[str, Weights]) -> Forgetting:
-        """Returns how far the weights see unlabelled images as the original does."""
-        given = self._config.unlabelled
-        if given is not None:
-            examples = read_examples(given.data, images=given.images, split=given.split)
-            print(describe(given.data, examples))
-            source = given.data.name
-            examples = usable_examples(examples[:: max(1, len(examples) // given.sample)])
-            examples = examples[: given.sample]
-        else:
-            examples, source = list(dev or self._places), "dev" if dev else "train"
+    def forgetting(
+        self, source: str, examples: Sequence[Example], weights: dict[str, Weights]
+    ) -> Forgetting:
+        """Returns how far the weights see images, those of `source`, as the original does."""
         pixels = load_all(examples, self._towers.tables.image)
         views = {name: self.reader(own).view(pixels) for name, own in weights.items()}
         count = self._config.neighbours

@@ -77,7 +77,7 @@ class Config(BaseConfig):
     seed: int = 0
     start: str
     """A run of `pretrain` with method clip, or of `align`; or a CLIPModel of transformers: the
-    folder that `save_pretrained` wrote, processor included, or a name on the hub."""
+    folder that `save_pretrained` wrote, tokenizer and processor included, or `hub:NAME`."""
     data: Data
     trained_blocks: int = Field(default=1, ge=0)
     """How many of the last blocks of each tower are trained (layers of a transformer, stages of a

@@ -24,6 +24,7 @@ from trainer.loop import load_kept_weights
 from trainer.methods._method import Setting
 
 _ROWS = 256  # captions read at a time
+_HUB = "hub:"
 _RECIPE = ("image", "encoder", "method")
 
 
@@ -67,14 +68,21 @@ def open_towers(source: str) -> Towers:
 
     Args:
         source: the folder that `pretrain` or `align` wrote, the folder that `save_pretrained`
-            wrote, or a name on the hub.
+            wrote, or `hub:NAME`.
 
     Raises:
         ConfigError: a run of another method.
         CheckpointError: none of these is there, or it is damaged.
     """
     folder = Path(source)
-    return _of_run(folder) if (folder / CHECKPOINT).is_file() else _of_transformers(source)
+    if (folder / CHECKPOINT).is_file():
+        return _of_run(folder)
+    if not source.startswith(_HUB) and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"start = {source!r}: neither a run of `pretrain` ({CHECKPOINT} is missing) nor a "
+            f"CLIPModel of transformers (config.json is missing); of the hub give {_HUB}NAME"
+        )
+    return _of_transformers(source.removeprefix(_HUB))
 
 
 def _of_run(folder: Path) -> Towers:

@@ -10,6 +10,7 @@ it: `last.safetensors` holds the interpolated weights. Beside it stand `align.ht
 and the trainings, `fold-1/`, `fold-2/` ... and `all/`: what was killed goes on where it was.
 """
 
+import random
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,16 +27,16 @@ from trainer.alignment import (
     write_alignment,
 )
 from trainer.checkpoint import CHECKPOINT, save_checkpoint
-from trainer.data import Example, check_apart
+from trainer.data import Example, check_apart, describe, read_examples
 from trainer.errors import ConfigError
 from trainer.interpolation import interpolated
 from trainer.intervals import Interval, bootstrap
 from trainer.loop import device_of
 from trainer.metrics._scores import Scores
-from trainer.photos import read_captioned
+from trainer.photos import read_captioned, usable_examples
 from trainer.run import claimed
 from trainer.splits import folds
-from trainer.stages._alignment_bench import Bench, Search, Weights, together
+from trainer.stages._alignment_bench import Bench, Search, together
 from trainer.stages._alignment_recipe import Config, Resolved
 from trainer.stages._towers import Towers, open_towers
 
@@ -71,6 +72,7 @@ def _align(config: Config, towers: Towers, examples: Sequence[Example], out_dir:
     dev = _read_dev(config, examples)
     parts = folds(examples, config.folds.count, config.seed)
     _check_sizes(config, parts)
+    general, (source, others) = _read_general(config), _read_unlabelled(config, dev, examples)
     bench = Bench(config, towers, examples)
     searches = []
     for number, (train, held_out) in enumerate(parts, start=1):
@@ -87,7 +89,8 @@ def _align(config: Config, towers: Towers, examples: Sequence[Example], out_dir:
     }
     kept = {f"objective.{name}": tensor for name, tensor in weights[KEPT].items()}
     save_checkpoint(out_dir / CHECKPOINT, kept, {"alpha": alpha})
-    first = bench.retrieval("dev", dev, weights) if dev else _of_folds(searches, alpha)
+    tables = [bench.retrieval("dev", dev, weights) if dev else _of_folds(searches, alpha)]
+    tables += [bench.retrieval(f"general ({name})", own, weights) for name, own in general.items()]
     found = Alignment(
         start=config.start,
         images=len(examples),
@@ -95,8 +98,8 @@ def _align(config: Config, towers: Towers, examples: Sequence[Example], out_dir:
         means=means,
         folds=[search.curve for search in searches],
         trained=bench.trained,
-        retrieval=[first, *_general(config, bench, weights)],
-        forgetting=bench.forgetting(dev, weights),
+        retrieval=tables,
+        forgetting=bench.forgetting(source, others, weights),
         command=shlex.join(["python", *sys.orig_argv[1:]]),
         place=str(device_of(config.loop)),
     )
@@ -112,14 +115,6 @@ def _of_folds(searches: Sequence[Search], alpha: float) -> Retrieval:
     return Retrieval.of("the folds held out, which chose alpha too", scores)
 
 
-def _general(config: Config, bench: Bench, weights: dict[str, Weights]) -> list[Retrieval]:
-    if config.general is None:
-        return []
-    source = config.general
-    examples = read_captioned(source.data, source.images, source.split)
-    return [bench.retrieval(f"general ({source.data.name})", examples, weights)]
-
-
 def _read_dev(config: Config, examples: Sequence[Example]) -> list[Example]:
     data = config.data
     if data.dev is None:
@@ -127,6 +122,34 @@ def _read_dev(config: Config, examples: Sequence[Example]) -> list[Example]:
     dev = read_captioned(data.dev, data.images, data.dev_split)
     check_apart(examples, dev, "data.train", "data.dev")
     return dev
+
+
+def _read_general(config: Config) -> dict[str, list[Example]]:
+    """Returns the images of `[general]` by the name of their file, if there are any."""
+    if config.general is None:
+        return {}
+    data, images, split = config.general.data, config.general.images, config.general.split
+    return {data.name: read_captioned(data, images, split)}
+
+
+def _read_unlabelled(
+    config: Config, dev: Sequence[Example], examples: Sequence[Example]
+) -> tuple[str, list[Example]]:
+    """Returns images that tell what was forgotten, and whose they are, in words."""
+    given = config.unlabelled
+    if given is None:
+        name, found = ("dev", list(dev)) if dev else ("train", list(examples))
+    else:
+        found = read_examples(given.data, images=given.images, split=given.split)
+        print(describe(given.data, found))
+        found = random.Random(config.seed).sample(found, min(given.sample, len(found)))
+        name, found = given.data.name, usable_examples(found)
+    if config.neighbours >= len(found):
+        raise ConfigError(
+            f"neighbours = {config.neighbours}, but there are {len(found)} images ({name}) that "
+            "tell what is forgotten; take fewer, or name more in [unlabelled]"
+        )
+    return name, found
 
 
 def _check_sizes(config: Config, parts: Sequence[tuple[list[Example], list[Example]]]) -> None:
