@@ -17,7 +17,7 @@ from torch import nn
 
 from trainer.__main__ import main
 from trainer.checkpoint import below, load_checkpoint
-from trainer.config import validate
+from trainer.config import read_recipe, validate
 from trainer.data import Example, read_examples, write_coco
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.interpolation import interpolated
@@ -255,12 +255,16 @@ def test_the_page_stands_alone(aligned: Path) -> None:
 def test_a_general_set_and_unlabelled_images_are_looked_at(
     start: Path, shapes: Path, tmp_path: Path
 ) -> None:
-    general = {"data": shapes / "captions_train.json"}
+    general = {"data": shapes / "captions_dev.json"}
     unlabelled = {"data": shapes / "images", "sample": 20}
     changes = {"general": general, "unlabelled": unlabelled, "folds": {"count": 2}, "alphas": [1.0]}
     align.run(config(start, shapes, loop={"epochs": 1}, **changes), tmp_path)
     found = report(tmp_path)
-    assert [table["images"] for table in found["retrieval"]] == [16, 48]
+    assert [table["images"] for table in found["retrieval"]] == [16, 16]
+    with pytest.raises(DataError, match=r"48 images are in both data\.train and general\.data"):
+        align.run(
+            config(start, shapes, general={"data": shapes / "captions_train.json"}), tmp_path / "b"
+        )
     assert found["forgetting"]["images"] == 20
     kept = found["forgetting"]["figures"]["fine-tuned"]
     assert set(kept) == {"neighbours", "feature neighbours", "cosine", "CKA"}
@@ -315,6 +319,21 @@ def test_the_command_line_says_one_line(tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().err
     assert said.startswith("error: start = 'nowhere': neither a run of") and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_tiny_recipe_runs(start: Path, shapes: Path, tmp_path: Path) -> None:
+    train, dev = shapes / "captions_train.json", shapes / "captions_dev.json"
+    paths = [f"start={start}", f"data.train={train}", f"data.dev={dev}", f"general.data={dev}"]
+    sizes = ["folds.count=2", "loop.batch_size=16", "loop.epochs=1", "alphas=[1.0]"]
+    command = ["align", "trainer/recipes/tiny/align.toml", *paths, *sizes]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert report(tmp_path)["command"].startswith("python ")
+
+
+def test_the_recipes_for_photographs_are_understood() -> None:
+    for stage, name in ((align, "align"), (pretrain, "clip")):
+        path = Path(f"trainer/recipes/flickr8k/{name}.toml")
+        assert validate(stage.Config, read_recipe(path), str(path)).seed == 0
 
 
 class NoProbes(Probes):

@@ -72,7 +72,8 @@ def _align(config: Config, towers: Towers, examples: Sequence[Example], out_dir:
     dev = _read_dev(config, examples)
     parts = folds(examples, config.folds.count, config.seed)
     _check_sizes(config, parts)
-    general, (source, others) = _read_general(config), _read_unlabelled(config, dev, examples)
+    general = _read_general(config, examples)
+    source, others = _read_unlabelled(config, dev, examples)
     bench = Bench(config, towers, examples)
     searches = []
     for number, (train, held_out) in enumerate(parts, start=1):
@@ -124,12 +125,14 @@ def _read_dev(config: Config, examples: Sequence[Example]) -> list[Example]:
     return dev
 
 
-def _read_general(config: Config) -> dict[str, list[Example]]:
+def _read_general(config: Config, examples: Sequence[Example]) -> dict[str, list[Example]]:
     """Returns the images of `[general]` by the name of their file, if there are any."""
     if config.general is None:
         return {}
     data, images, split = config.general.data, config.general.images, config.general.split
-    return {data.name: read_captioned(data, images, split)}
+    general = read_captioned(data, images, split)
+    check_apart(examples, general, "data.train", "general.data")
+    return {data.name: general}
 
 
 def _read_unlabelled(
@@ -172,9 +175,7 @@ def _check_sizes(config: Config, parts: Sequence[tuple[list[Example], list[Examp
         )
 
 
-def chosen_alpha(
-    recalls: dict[float, Scores],
-) -> tuple[list[tuple[float, Interval]], float]:
+def chosen_alpha(recalls: dict[float, Scores]) -> tuple[list[tuple[float, Interval]], float]:
     """Returns the points (alpha, mean recall), and the best alpha; of equals the smallest.
 
     Args:
