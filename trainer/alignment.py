@@ -79,8 +79,8 @@ class Alignment:
         start: The CLIP that was fine-tuned.
         images: How many with captions it was fine-tuned on.
         alpha: That of the weights that are kept.
-        means: Points (alpha, mean recall in the folds that were held out).
-        folds: Those of every fold.
+        gains: Points (alpha, gain in mean recall over the original in the folds held out).
+        folds: Of every fold, points (alpha, mean recall).
         trained: How many numbers were trained, and of how many.
         retrieval: On held-out images, first those that the verdict is about.
         forgetting: Of the encoder that came.
@@ -91,7 +91,7 @@ class Alignment:
     start: str
     images: int
     alpha: float
-    means: Sequence[tuple[float, Interval]]
+    gains: Sequence[tuple[float, Interval]]
     folds: Sequence[Curve]
     trained: tuple[int, int]
     retrieval: Sequence[Retrieval]
@@ -144,7 +144,10 @@ def write_alignment(folder: Path, found: Alignment) -> None:
         verdict=html.escape(found.verdict),
         notes="\n".join(f"<li>{html.escape(note)}</li>" for note in found.notes),
         curve=interpolation_chart(
-            found.means, found.folds, chosen=found.alpha, label="mean recall, folds held out"
+            found.gains,
+            [[(alpha, value - fold[0][1]) for alpha, value in fold] for fold in found.folds],
+            chosen=found.alpha,
+            label="mean recall gained, folds held out",
         ),
         retrieval="\n".join(_retrieval(table) for table in found.retrieval),
         forgetting=_table(found.forgetting.figures, {}),
@@ -190,8 +193,8 @@ def _cell(name: str, figure: Interval, difference: Interval | None) -> str:
         gain = -difference.value if name.endswith("median") else difference.value
         mark = ("better" if gain > 0 else "worse") if difference.excludes_zero else ""
         cell += (
-            f'<small class="{mark}">{difference.value:+.{digits}f} '
-            f"({difference.low:+.{digits}f} to {difference.high:+.{digits}f})</small>"
+            f'<small class="{mark}">{difference.value:+.{digits}f}<br/>'
+            f"{difference.low:+.{digits}f} to {difference.high:+.{digits}f}</small>"
         )
     return f"<td>{cell}</td>"
 
@@ -205,7 +208,7 @@ def _as_json(found: Alignment) -> dict[str, Any]:
         "alpha": found.alpha,
         "images": found.images,
         "trained": list(found.trained),
-        "means": [[alpha, *_numbers(figure)] for alpha, figure in found.means],
+        "gains": [[alpha, *_numbers(gain)] for alpha, gain in found.gains],
         "folds": [[list(point) for point in fold] for fold in found.folds],
         "retrieval": [
             {

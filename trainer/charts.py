@@ -84,24 +84,25 @@ def curve_chart(arms: Mapping[str, Sequence[Curve]], *, label: str) -> str:
 
 
 def interpolation_chart(
-    means: Sequence[tuple[float, Interval]], folds: Sequence[Curve], *, chosen: float, label: str
+    gains: Sequence[tuple[float, Interval]], folds: Sequence[Curve], *, chosen: float, label: str
 ) -> str:
-    """Returns a figure by alpha: every fold faint, their mean with its interval, the chosen one.
+    """Returns gains by alpha: every fold's faint, their mean with its interval, the chosen one.
 
     Args:
-        means: points (alpha, figure with its interval).
-        folds: of every fold, points (alpha, figure).
-        chosen: an alpha of `means`.
-        label: of the figure.
+        gains: points (alpha, gain with its interval).
+        folds: of every fold, points (alpha, gain).
+        chosen: an alpha of `gains`.
+        label: of what is gained.
     """
     figure, axes = _figure(height=3.4)
     for fold in folds:
         axes.plot(*zip(*fold, strict=True), color=_QUIET, linewidth=1, alpha=0.4)
-    alphas = [alpha for alpha, _ in means]
-    low, high = [one.low for _, one in means], [one.high for _, one in means]
+    axes.axhline(0, color=_QUIET, linewidth=1, linestyle="--")
+    alphas = [alpha for alpha, _ in gains]
+    low, high = [one.low for _, one in gains], [one.high for _, one in gains]
     axes.fill_between(alphas, low, high, color="#020001", alpha=0.15, linewidth=0)
-    axes.plot(alphas, [one.value for _, one in means], color="#020001", linewidth=2)
-    best = dict(means)[chosen]
+    axes.plot(alphas, [one.value for _, one in gains], color="#020001", linewidth=2)
+    best = dict(gains)[chosen]
     axes.plot([chosen], [best.value], color=_GOOD, marker="o", markersize=8)
     axes.set_xlabel("alpha: 0 is the original, 1 is fine-tuned", color=_QUIET)
     axes.set_ylabel(label, color=_QUIET)

@@ -21,7 +21,6 @@ from trainer.config import read_recipe, validate
 from trainer.data import Example, read_examples, write_coco
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.interpolation import interpolated
-from trainer.intervals import Interval
 from trainer.loop import TrainingLoop
 from trainer.metrics._scores import mean_scores
 from trainer.probes import Probes
@@ -205,11 +204,13 @@ def test_more_alphas_and_another_dev_need_no_training(
     shutil.copytree(aligned, tmp_path / "run")
     align.run(made, tmp_path / "run")
     found = report(tmp_path / "run")
-    assert [point[0] for point in found["means"]] == [0, 0.1, 0.4, 0.7, 1]
+    assert [point[0] for point in found["gains"]] == [0, 0.1, 0.4, 0.7, 1]
     table = found["retrieval"][0]
     assert table["images"] == 48 and table["data"].startswith("the folds held out")
-    kept, chosen = table["figures"]["interpolated"]["mean recall"], found["alpha"]
-    assert kept[0] == pytest.approx(next(row[1] for row in found["means"] if row[0] == chosen))
+    gains = {alpha: gain for alpha, *gain in found["gains"]}
+    kept, tuned = (table["differences"][name] for name in ("interpolated", "fine-tuned"))
+    assert gains[found["alpha"]] == pytest.approx(kept["mean recall"])
+    assert gains[1] == pytest.approx(tuned["mean recall"]) and gains[0] == [0, 0, 0]
 
 
 def test_the_result_starts_an_encoder_and_another_alignment(
@@ -230,11 +231,11 @@ def test_the_result_starts_an_encoder_and_another_alignment(
 def test_the_best_alpha_is_that_of_all_images_and_of_equals_the_smallest() -> None:
     values = {0.0: [0.2, 0.4], 0.3: [0.6, 0.1], 0.6: [0.1, 0.6], 1.0: [0.0, 0.6]}
     found = {alpha: mean_scores("mean recall", np.array(own)) for alpha, own in values.items()}
-    means, alpha = align.chosen_alpha(found)
+    gains, alpha = align.chosen_alpha(found)
     assert alpha == 0.3
-    assert [point for point, _ in means] == [0.0, 0.3, 0.6, 1.0]
-    assert [figure.value for _, figure in means] == pytest.approx([0.3, 0.35, 0.35, 0.3])
-    assert isinstance(means[0][1], Interval) and means[1][1].low == 0.1
+    assert [point for point, _ in gains] == [0.0, 0.3, 0.6, 1.0]
+    assert [gain.value for _, gain in gains] == pytest.approx([0, 0.05, 0.05, 0])
+    assert gains[1][1].low == pytest.approx(-0.3)  # both draws of the second image
 
 
 def test_the_page_stands_alone(aligned: Path) -> None:

@@ -30,7 +30,7 @@ from trainer.checkpoint import CHECKPOINT, save_checkpoint
 from trainer.data import Example, check_apart, describe, read_examples
 from trainer.errors import ConfigError
 from trainer.interpolation import interpolated
-from trainer.intervals import Interval, bootstrap
+from trainer.intervals import Interval, paired_difference
 from trainer.loop import device_of
 from trainer.metrics._scores import Scores
 from trainer.photos import read_captioned, usable_examples
@@ -80,7 +80,7 @@ def _align(config: Config, towers: Towers, examples: Sequence[Example], out_dir:
         print(f"\nfold {number} of {len(parts)}: {len(train)} images, {len(held_out)} held out")
         tuned = bench.finetuned(train, out_dir / f"fold-{number}")
         searches.append(Search(config.alphas, bench, tuned, held_out))
-    means, alpha = chosen_alpha({a: together(searches, a)[-1] for a in config.alphas})
+    gains, alpha = chosen_alpha({a: together(searches, a)[-1] for a in config.alphas})
     print(f"\nalpha {alpha:g}; now all {len(examples)} images")
     tuned = bench.finetuned(examples, out_dir / "all")
     weights = {
@@ -96,7 +96,7 @@ def _align(config: Config, towers: Towers, examples: Sequence[Example], out_dir:
         start=config.start,
         images=len(examples),
         alpha=alpha,
-        means=means,
+        gains=gains,
         folds=[search.curve for search in searches],
         trained=bench.trained,
         retrieval=tables,
@@ -176,14 +176,15 @@ def _check_sizes(config: Config, parts: Sequence[tuple[list[Example], list[Examp
 
 
 def chosen_alpha(recalls: dict[float, Scores]) -> tuple[list[tuple[float, Interval]], float]:
-    """Returns the points (alpha, mean recall), and the best alpha; of equals the smallest.
+    """Returns the gains over alpha 0 by alpha, and the best alpha; of equals the smallest.
 
     Args:
         recalls: by alpha, the mean recall of every image where it was held out.
     """
-    means = [(alpha, bootstrap(recalls[alpha])[MEAN_RECALL]) for alpha in sorted(recalls)]
-    most = max(figure.value for _, figure in means)
-    return means, next(alpha for alpha, figure in means if figure.value > most - _SAME)
+    first = recalls[0.0]
+    gains = [(a, paired_difference(recalls[a], first)[MEAN_RECALL]) for a in sorted(recalls)]
+    most = max(gain.value for _, gain in gains)
+    return gains, next(alpha for alpha, gain in gains if gain.value > most - _SAME)
 
 
 def _print(found: Alignment) -> None:
