@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from trainer.intervals import Interval
 from trainer.verdict import Difference
 
 Curve = Sequence[tuple[float, float]]
@@ -79,6 +80,33 @@ def curve_chart(arms: Mapping[str, Sequence[Curve]], *, label: str) -> str:
     figure.legend(
         loc="outside upper left", ncols=4, frameon=False, labelcolor=_INK, fontsize=11, borderpad=0
     )
+    return _svg(figure, label)
+
+
+def interpolation_chart(
+    gains: Sequence[tuple[float, Interval]], folds: Sequence[Curve], *, chosen: float, label: str
+) -> str:
+    """Returns gains by alpha: every fold's faint, their mean with its interval, the chosen one.
+
+    Args:
+        gains: points (alpha, gain with its interval).
+        folds: of every fold, points (alpha, gain).
+        chosen: an alpha of `gains`.
+        label: of what is gained.
+    """
+    figure, axes = _figure(height=3.4)
+    for fold in folds:
+        axes.plot(*zip(*fold, strict=True), color=_QUIET, linewidth=1, alpha=0.4)
+    axes.axhline(0, color=_QUIET, linewidth=1, linestyle="--")
+    alphas = [alpha for alpha, _ in gains]
+    low, high = [one.low for _, one in gains], [one.high for _, one in gains]
+    axes.fill_between(alphas, low, high, color="#020001", alpha=0.15, linewidth=0)
+    axes.plot(alphas, [one.value for _, one in gains], color="#020001", linewidth=2)
+    best = dict(gains)[chosen]
+    axes.plot([chosen], [best.value], color=_GOOD, marker="o", markersize=8)
+    axes.set_xlabel("alpha: 0 is the original, 1 is fine-tuned", color=_QUIET)
+    axes.set_ylabel(label, color=_QUIET)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
     return _svg(figure, label)
 
 

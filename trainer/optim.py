@@ -61,6 +61,31 @@ def freeze_prefixes(module: nn.Module, prefixes: Sequence[str], *, key: str = "f
             parameter.requires_grad_(False)
 
 
+def train_only(module: nn.Module, prefixes: Sequence[str]) -> int:
+    """Freezes all but what is at or below the dotted names in `prefixes`, and every norm.
+
+    Returns:
+        How many numbers can still be trained.
+
+    Raises:
+        ConfigError: a prefix names no parameter, or nothing is left to train.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    for prefix in prefixes:
+        if not any(is_below(name, prefix) for name in names):
+            raise ConfigError(f"trained = {prefix!r} names no parameter; they look like {names[0]}")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(any(is_below(name, prefix) for prefix in prefixes))
+    for part in module.modules():
+        if "norm" in type(part).__name__.lower():
+            for parameter in part.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    count = sum(one.numel() for one in module.parameters() if one.requires_grad)
+    if not count:
+        raise ConfigError(f"trained = {list(prefixes)} leaves nothing to train; norms never are")
+    return count
+
+
 def is_below(name: str, prefix: str) -> bool:
     """Returns whether a dotted name is `prefix` or begins with all of its parts."""
     return name == prefix or name.startswith(f"{prefix}.")

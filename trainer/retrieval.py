@@ -12,6 +12,7 @@ Where captions repeat, every image that has a caption is a right one for it.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -41,6 +42,16 @@ class Pairs:
 
     pixels: NDArray[np.uint8]
     captions: Sequence[Sequence[str]]
+
+
+class Embedder(Protocol):
+    """Anything that puts images and captions into one space."""
+
+    def embed_images(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Returns unit vectors (n, E) of pixels (n, H, W, 3)."""
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Returns unit vectors (m, E) of captions."""
 
 
 class Reader:
@@ -123,8 +134,19 @@ def measure(reader: Reader, pairs: Pairs, *, seed: int = 0) -> list[Scores]:
     return scores + _auc_scores("ITM AUC swapped", reader, pairs, changed)
 
 
-def retrieval_scores(reader: Reader, pairs: Pairs) -> list[Scores]:
+def retrieval_scores(reader: Embedder, pairs: Pairs) -> list[Scores]:
     """Returns TR and IR: R@1, R@5, R@10 and the median rank."""
+    text_ranks, image_ranks = retrieval_ranks(reader, pairs)
+    return [rank_scores("TR", text_ranks), rank_scores("IR", image_ranks)]
+
+
+def retrieval_ranks(
+    reader: Embedder, pairs: Pairs
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Returns for each image the rank of its best caption, (1,), and for its captions its own.
+
+    Ranks count from 1; those of an image's c captions, (c,), are of the image among all images.
+    """
     images = reader.embed_images(pairs.pixels)
     flat = [caption for own in pairs.captions for caption in own]
     similarity = (images @ reader.embed_captions(flat).T).double().cpu().numpy()
@@ -132,10 +154,7 @@ def retrieval_scores(reader: Reader, pairs: Pairs) -> list[Scores]:
     text_ranks = _best_ranks(similarity, right)
     image_ranks = _best_ranks(similarity.T, right.T)
     ends = np.cumsum([len(own) for own in pairs.captions])
-    return [
-        rank_scores("TR", [row[None] for row in text_ranks]),
-        rank_scores("IR", np.split(image_ranks, ends[:-1])),
-    ]
+    return [row[None] for row in text_ranks], np.split(image_ranks, ends[:-1])
 
 
 def _right(pairs: Pairs) -> NDArray[np.bool_]:
@@ -160,6 +179,18 @@ def rank_scores(name: str, ranks: Sequence[NDArray[np.int64]]) -> Scores:
     ).astype(np.float64)
     names = (*(f"{name} R@{k}" for k in _BEST), f"{name} median")
     return Scores(names, _of_counts(counts, 1), counts, _of_counts)
+
+
+def mean_recall(
+    text_ranks: Sequence[NDArray[np.int64]], image_ranks: Sequence[NDArray[np.int64]]
+) -> Floats:
+    """Returns (n,), for each image the mean of R@1, R@5 and R@10 of both directions.
+
+    The arguments are those of `retrieval_ranks`.
+    """
+    directions = [rank_scores("", ranks).per_image[:, :-1] for ranks in (text_ranks, image_ranks)]
+    means: Floats = np.concatenate(directions, axis=1).mean(1)
+    return means
 
 
 def _of_counts(counts: Floats, images: int) -> Floats:

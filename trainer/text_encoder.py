@@ -1,7 +1,10 @@
 """A small text transformer: captions in, one vector each out."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trainer.config import Config as BaseConfig
 
@@ -13,6 +16,16 @@ class TextEncoderConfig(BaseConfig):
     layers: int = 4
     heads: int = 4
     dropout: float = 0.0
+    mlp_width: int | None = None
+    """Of the layers' hidden features; by default four times `width`."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """OpenAI's CLIP has quick_gelu, most later ones gelu: weights go with theirs alone."""
+    norm_eps: float = 1e-5
+
+
+def quick_gelu(features: Tensor) -> Tensor:
+    """Returns x * sigmoid(1.702 x), OpenAI's approximation of GELU."""
+    return features * torch.sigmoid(1.702 * features)
 
 
 class TextEncoder(nn.Module):
@@ -30,14 +43,15 @@ class TextEncoder(nn.Module):
         layer = nn.TransformerEncoderLayer(
             config.width,
             config.heads,
-            4 * config.width,
+            config.mlp_width or 4 * config.width,
             config.dropout,
-            activation="gelu",
+            activation=quick_gelu if config.activation == "quick_gelu" else F.gelu,
+            layer_norm_eps=config.norm_eps,
             batch_first=True,
             norm_first=True,
         )
         self.blocks = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position, std=0.01)
 

@@ -6,7 +6,15 @@ import torch
 from pairs import Letters, make_dataset, make_matcher, some_captions
 
 from trainer.intervals import bootstrap
-from trainer.retrieval import Pairs, Reader, auc_scores, measure, rank_scores, retrieval_scores
+from trainer.retrieval import (
+    Pairs,
+    Reader,
+    auc_scores,
+    mean_recall,
+    measure,
+    rank_scores,
+    retrieval_scores,
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +99,11 @@ def test_figures_without_attributes_have_no_swapped_auc(reader, pairs) -> None:
     coloured = Pairs(pairs.pixels[:2], [["a red d", "a blue e"], ["f"]])
     names = {name for scores in measure(reader, coloured) for name in scores.names}
     assert "ITM AUC swapped" in names
+
+
+def test_mean_recall_of_known_ranks() -> None:
+    text = [np.array([1]), np.array([7]), np.array([30])]
+    image = [np.array([1, 2]), np.array([11, 6]), np.array([40])]
+    first = (3 / 3 + (0.5 + 1 + 1) / 3) / 2  # of R@1, R@5 and R@10, both ways
+    second = (1 / 3 + 0.5 / 3) / 2
+    assert mean_recall(text, image) == pytest.approx([first, second, 0])

@@ -7,4 +7,6 @@ Every file defines `CLASS`, the name of the family's class, and
 - `generation(model)`: its `GenerationConfig`;
 - `tensors(model) -> Tensors`: the weights, by the parts and names of our captioner;
 - `logits(model, images, token_ids)`: what it says itself, (B, T, V), to compare with.
+
+`_clip` is no captioner: the two towers that `python -m trainer align` begins with.
 """

@@ -85,27 +85,16 @@ def read(folder: Path) -> Checkpoint:
     family = _family(folder, config)
     with quiet():
         tables = _tables(folder, family)
-        model = _model(folder, family)
-        tokenizer_json, largest = _tokenizer(folder)
-        try:
-            processor = AutoImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder}: preprocessor_config.json is missing or unknown; save the image "
-                "processor beside the weights with save_pretrained"
-            ) from error
-    pixels = pixels_of(processor, f"{folder}: preprocessor_config.json")
-    if (pixels.image.height, pixels.image.width) != tables.side:
-        raise CheckpointError(
-            f"{folder}: images are prepared as {pixels.image.height} x {pixels.image.width}, but "
-            f"the model takes {tables.side[0]} x {tables.side[1]}; correct the size in "
-            "preprocessor_config.json"
-        )
+        model = load_model(folder, family.CLASS)
+        tokenizer = load_tokenizer(folder)
+        pixels = load_pixels(folder, tables.side)
+    backend = tokenizer.backend_tokenizer
+    largest = max(backend.get_vocab(with_added_tokens=True).values())
     return Checkpoint(
         folder=folder,
         family=family,
         model=model,
-        tokenizer_json=tokenizer_json,
+        tokenizer_json=backend.to_str().encode(),
         text=_text(folder, family.special_ids(model), tables, largest),
         tables=tables,
         pixels=pixels,
@@ -147,9 +136,14 @@ def _tables(folder: Path, family: ModuleType) -> Tables:
     return tables
 
 
-def _model(folder: Path, family: ModuleType) -> Any:
+def load_model(folder: str | Path, name: str) -> Any:
+    """Returns the model of class `name` in a folder, or of that name on the hub, in evaluation.
+
+    Raises:
+        CheckpointError: no weights there, or tensors are missing or of another shape.
+    """
     try:
-        model, report = getattr(transformers, family.CLASS).from_pretrained(
+        model, report = getattr(transformers, name).from_pretrained(
             folder, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     except Exception as error:  # of whatever kind: several libraries read weights
@@ -166,16 +160,45 @@ def _model(folder: Path, family: ModuleType) -> Any:
     return model.eval()
 
 
-def _tokenizer(folder: Path) -> tuple[bytes, int]:
-    """Returns tokenizer.json, and the largest id in it."""
+def load_tokenizer(folder: str | Path) -> Any:
+    """Returns the tokenizer beside a model.
+
+    Raises:
+        CheckpointError: there is none that the library `tokenizers` can be.
+    """
     try:
-        backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        _ = tokenizer.backend_tokenizer
     except Exception as error:  # of whatever kind: many libraries read tokenizers
         raise CheckpointError(
             f"{folder}: no tokenizer that can be a tokenizer.json; save it beside the weights "
             "with save_pretrained"
         ) from error
-    return backend.to_str().encode(), max(backend.get_vocab(with_added_tokens=True).values())
+    return tokenizer
+
+
+def load_pixels(folder: str | Path, side: tuple[int, int]) -> Pixels:
+    """Returns how images are prepared for a model.
+
+    Raises:
+        CheckpointError: nothing there says so, `exports.images` does not do it, or it gives images
+            of another size than `side`, (H, W).
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: preprocessor_config.json is missing or unknown; save the image "
+            "processor beside the weights with save_pretrained"
+        ) from error
+    pixels = pixels_of(processor, f"{folder}: preprocessor_config.json")
+    if (pixels.image.height, pixels.image.width) != side:
+        raise CheckpointError(
+            f"{folder}: images are prepared as {pixels.image.height} x {pixels.image.width}, but "
+            f"the model takes {side[0]} x {side[1]}; correct the size in "
+            "preprocessor_config.json"
+        )
+    return pixels
 
 
 def _text(folder: Path, ids: SpecialIds, tables: Tables, largest: int) -> TextSpec:

@@ -63,10 +63,8 @@ class Method(BaseMethod):
 
         At chance an image takes any caption of the batch for its own.
         """
-        pooled = in_chunks(Pooled(self.encoder), batch["images"], self._chunk)
-        images = F.normalize(self.image_projection(pooled).float(), dim=1)
-        captions = self.text_encoder(batch["token_ids"], batch["lengths"])
-        captions = F.normalize(self.text_projection(captions).float(), dim=1)
+        images = self.embed_images(batch["images"])
+        captions = self.embed_captions(batch["token_ids"], batch["lengths"])
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
         images, captions = gathered(images), gathered(captions)
         logits = scale * images @ captions.T
@@ -80,6 +78,19 @@ class Method(BaseMethod):
             "logit_scale": scale.detach(),
             "caption_accuracy": hits,
         }
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Returns unit vectors (B, E) of pixels (B, 3, H, W) in 0..255."""
+        return self.project_images(in_chunks(Pooled(self.encoder), images, self._chunk))
+
+    def project_images(self, pooled: Tensor) -> Tensor:
+        """Returns unit vectors (B, E) of the encoder's pooled features (B, D)."""
+        return F.normalize(self.image_projection(pooled).float(), dim=1)
+
+    def embed_captions(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Returns unit vectors (B, E) of captions (B, T) of `lengths` (B,)."""
+        captions = self.text_encoder(token_ids, lengths)
+        return F.normalize(self.text_projection(captions).float(), dim=1)
 
     def _full_length(self, token_ids: Tensor) -> Tensor:
         """Returns (B, longest), as wide as every other worker's."""
