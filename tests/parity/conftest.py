@@ -1,4 +1,4 @@
-"""A run of a few steps on photographs, exported in floats and in integers."""
+"""A run of a few steps on photographs, exported in floats, in integers and in half precision."""
 
 from pathlib import Path
 
@@ -40,15 +40,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def exported_int8(exported: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run's bundle in integers."""
-    run, _ = exported
-    target = tmp_path_factory.mktemp("int8")
+    data = exported[0].parent / "photos.csv"
+    # Four photographs: a budget would judge luck.
+    return _in(exported[0], tmp_path_factory.mktemp("int8"), int8={"data": data, "budget": 10.0})
+
+
+@pytest.fixture(scope="session")
+def exported_fp16(exported: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run's bundle in half precision."""
+    return _in(exported[0], tmp_path_factory.mktemp("fp16"), fp16={})
+
+
+def _in(run: Path, target: Path, **precision: object) -> Path:
+    card = {"description": "d", "data": "d", "licence": "l", "failures": "f"}
     data = run.parent / "photos.csv"
-    table = {
-        "run": run,
-        "name": "photos",
-        "data": data,
-        "int8": {"data": data, "budget": 10.0},  # four photographs: a budget would judge luck
-        "card": {"description": "d", "data": "d", "licence": "l", "failures": "f"},
-    }
+    table = {"run": run, "name": "photos", "data": data, "card": card, **precision}
     export.run(export.Config.model_validate(table), target)
     return target / "bundle"

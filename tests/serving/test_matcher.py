@@ -9,10 +9,11 @@ from live import as_base64, captions_of, check_problem, running, until
 
 from exports.registry import Registry
 from exports.text import framed
-from serving.captioner import Captioner, Params
+from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionFailed, ParameterError
 from serving.matcher import Match
+from serving.params import Params
 
 NEAR = 1e-6  # float32, where captions are fewer or padded less
 
