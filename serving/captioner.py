@@ -82,6 +82,11 @@ class Captioner:
         except Exception as error:  # ONNX Runtime's errors share no base but this
             raise not_shown(f"{path}: the graphs do not load") from error
         prove(bundle, captioner._golden_answers)
+        if manifest.decoder.dtype == "float16" and session.device == "cpu":
+            logger.warning(
+                "%s is in half precision, for GPUs: on a CPU it is slower than in float32 or int8",
+                captioner._called,
+            )
         return captioner
 
     @property

@@ -11,11 +11,10 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from trainer.calibration import ERRORS_ONLY
+from trainer.calibration import revealing
 from trainer.errors import QuantisationError
 from trainer.folding import Graph, fold
 
@@ -52,7 +51,7 @@ def to_half(graph: bytes, half: Collection[str]) -> bytes:
 
 
 class _Writer:
-    """Nodes with casts between them; a tensor has a name of its own in either precision."""
+    """Nodes with casts between them: a tensor that both precisions ask for has two names."""
 
     def __init__(self, graph: Graph, half: Collection[str]) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -86,9 +85,8 @@ class _Writer:
     def _stays(self, node: onnx.NodeProto, read: list[str]) -> bool:
         """Returns whether a node computes in float32."""
         if node.op_type in _ELEMENTWISE:
-            return not any(self._is_half.get(name, False) for name in read) and any(
-                name in self._is_half for name in read
-            )
+            computed = [name for name in read if name in self._is_half]
+            return bool(computed) and not any(self._is_half[name] for name in computed)
         return node.op_type in _FLOAT
 
     def _in(self, name: str, half: bool) -> str:
@@ -98,12 +96,10 @@ class _Writer:
         return self._names[name, half]
 
     def _converted(self, name: str, half: bool) -> str:
-        constants = self._graph.constants
-        if name in constants:
-            return (
-                self._graph.store(f"{name}.half", _halved(name, constants[name])) if half else name
-            )
-        if self._is_half[name] == half:
+        constant = self._graph.constants.get(name)
+        if constant is not None and half:
+            return self._graph.store(f"{name}.half", _halved(name, constant))
+        if constant is not None or self._is_half[name] == half:
             return name
         other = f"{name}.{'half' if half else 'float'}"
         self.nodes.append(_cast(name, other, half=half))
@@ -111,20 +107,8 @@ class _Writer:
 
 
 def _floats(graph: Graph) -> set[str]:
-    """Returns the names of all float32 tensors; a session knows what kind each one is."""
-    shown = graph.finish()
-    made = [name for node in graph.nodes for name in node.output if name]
-    outputs = list(shown.graph.output)
-    del shown.graph.output[:]
-    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in made)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ONLY
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
-        shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    del shown.graph.output[:]
-    shown.graph.output.extend(outputs)
+    """Returns the names of all float32 tensors; a session knows of what type each is."""
+    session = revealing(graph.finish(), [name for n in graph.nodes for name in n.output if name])
     tensors = (*session.get_inputs(), *session.get_outputs())
     found = {tensor.name for tensor in tensors if tensor.type == "tensor(float)"}
     constants = graph.constants.items()

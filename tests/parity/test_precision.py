@@ -1,5 +1,6 @@
 """Bundles in fewer bits: what the server makes of them, and what the budget lets pass."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +97,8 @@ def test_a_bundle_says_what_its_precision_changes(exported_fp16: Path, exported_
 
 
 def test_a_precision_that_spoils_captions_is_not_written(
-    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export_in: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _ = exported
     to_half = _precision.to_half
 
     def spoilt(graph: bytes, half: tuple[str, ...]) -> bytes:
@@ -115,10 +115,8 @@ def test_a_precision_that_spoils_captions_is_not_written(
         return model.SerializeToString()
 
     monkeypatch.setattr(_precision, "to_half", spoilt)
-    data = run.parent / "photos.csv"
-    table = {"run": run, "name": "photos", "data": data, "card": CARD, "fp16": {}}
     with pytest.raises(ParityError, match=r"^\[fp16\] changes CIDEr-D by -\d") as caught:
-        export.run(export.Config.model_validate(table), tmp_path)
+        export_in(tmp_path, fp16={})
     assert "loss beyond fp16.budget = 0.05 cannot be ruled out (0 of 4" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -29,8 +29,8 @@ class Precision(BaseConfig):
     """How much CIDEr-D may be lost against the float32 graphs; beyond it no bundle is written.
 
     What counts is the lower end of the difference's 95 % interval, so that few images' luck does
-    not pass for harmless. Where an eighth of the captions changes it lies about 0.03 below the
-    difference on 100 images and 0.01 on 1,000: with many, 0.02 is a fair demand."""
+    not pass for harmless. Where integers change a quarter of the captions, that end lies 0.01 below
+    the difference on 1,000 images, and so 0.03 below it on 100: of many, 0.02 may be asked."""
 
     def applied(self, graphs: Graphs, source: Run) -> Graphs:
         """Returns the graphs, without a matcher, in this precision."""
