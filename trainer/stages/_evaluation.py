@@ -28,10 +28,9 @@ def captions_of(
     generation: Generation,
 ) -> list[str]:
     """Returns the best caption of each image, uint8 (n, H, W, 3)."""
-    prompt = objective.prompt_ids
-    steps = TorchSteps(objective.captioner)
-    best = best_hypotheses(steps, pixels, generation, prefix=prompt, progress=False)
-    return [tokenizer.decode(one.token_ids[len(prompt) :]) for one in best]
+    steps, prompt = TorchSteps(objective.captioner), objective.prompt_ids
+    best = best_hypotheses(steps, pixels, generation, prompt=prompt, progress=False)
+    return [tokenizer.decode(one.token_ids) for one in best]
 
 
 class Evaluation:
