@@ -25,6 +25,7 @@ from trainer.run import (
 )
 from trainer.splits import split_examples
 from trainer.stages._evaluation import Evaluation
+from trainer.stages._learnt import recorded
 from trainer.transforms import Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
@@ -82,7 +83,7 @@ def _train(config: Config, out_dir: Path) -> None:
                 'and would soon see otherwise: set objective.frozen = ["encoder"], or leave it out'
             )
         dataset.encode(captioner.encoder.eval(), config.data.encoded_views)
-    TrainingLoop(
+    loop = TrainingLoop(
         objective,
         data,
         config=config.loop,
@@ -90,7 +91,9 @@ def _train(config: Config, out_dir: Path) -> None:
         seed=config.seed,
         folder=out_dir,
         evaluate=Evaluation(config, objective, tokenizer, held_out) if held_out else None,
-    ).run()
+    )
+    with recorded(out_dir, examples, captions=True):
+        loop.run()
 
 
 def _read(config: Config) -> tuple[list[Example], list[Example]]:
