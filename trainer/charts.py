@@ -56,34 +56,49 @@ def difference_chart(rows: Mapping[str, Difference], *, label: str) -> str:
     return _svg(figure, label)
 
 
-def curve_chart(
-    arms: Mapping[str, Sequence[Curve]], *, label: str, x: str = "epoch", width: float = _WIDTH
-) -> str:
+def curve_chart(arms: Mapping[str, Sequence[Curve]], *, label: str) -> str:
     """Returns for every arm its runs over the epochs, faint, and their mean.
 
     A single point, of an encoder that was not trained, is a dashed level.
     """
-    figure, axes = _figure(height=3.6, width=width)
+    figure, axes = _figure(height=3.6)
     for number, (name, curves) in enumerate(arms.items()):
-        style: dict[str, Any] = {
-            "color": f"#0200{number % COLOURS:02x}",
-            "linestyle": _DASHES[number // COLOURS % len(_DASHES)],
-        }
+        style = _style(number)
         mean = _mean(curves)
         if len(mean) == 1:
             axes.axhline(mean[0][1], **style | {"linestyle": (0, (4, 4))}, label=name)
             continue
-        for curve in curves if len(curves) > 1 else ():
+        for curve in curves:
             axes.plot(*zip(*curve, strict=True), **style, linewidth=1, alpha=0.4)
-        style |= {"marker": "o", "markersize": 4} if len(mean) <= _MARKED else {}
-        axes.plot(*zip(*mean, strict=True), **style, linewidth=2, label=name)
+        axes.plot(
+            *zip(*mean, strict=True), **style, linewidth=2, marker="o", markersize=4, label=name
+        )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(x, color=_QUIET)
+    axes.set_xlabel("epoch", color=_QUIET)
     axes.set_ylabel(label, color=_QUIET)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     figure.legend(
         loc="outside upper left", ncols=4, frameon=False, labelcolor=_INK, fontsize=11, borderpad=0
     )
+    return _svg(figure, label)
+
+
+def small_chart(lines: Mapping[str, Curve], *, label: str) -> str:
+    """Returns one line a run over its steps; the page around it names figure and runs.
+
+    Args:
+        lines: By run, empty where a run has none; the number of each decides its colour.
+        label: Of the chart, unlike that of any other on the page.
+    """
+    figure, axes = _figure(height=2.9, width=5.2)
+    for number, line in enumerate(lines.values()):
+        if not line:
+            continue
+        mark = "o" if len(line) <= _MARKED else ""
+        axes.plot(*zip(*line, strict=True), **_style(number), marker=mark, markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("step", color=_QUIET)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
     return _svg(figure, label)
 
 
@@ -107,15 +122,20 @@ def learning_chart(curve: LearningCurve, *, more: int, label: str) -> str:
         )
         axes.plot(labels, [one.value for one in found], color=colour, linestyle=dash, linewidth=2)
     for count, mean in zip(curve.counts, curve.measured, strict=True):
-        axes.plot([count, count], [mean.low, mean.high], color=_INK, linewidth=1.5)
-        axes.plot([count], [mean.value], color=_INK, marker="o", markersize=6)
-    axes.axvline(last, color=_LINE, linewidth=1)
+        axes.plot([count, count], [mean.low, mean.high], color=_INK, linewidth=1.5, zorder=3)
+        axes.plot([count], [mean.value], color=_INK, marker="o", markersize=6, zorder=3)
+    axes.axvline(last, color=_LINE, linewidth=1, zorder=0)
     axes.set_xticks([*curve.counts, last + more])
     axes.tick_params(axis="x", length=0, labelcolor=_INK)
     axes.set_xlabel("labelled images", color=_QUIET)
     axes.set_ylabel(label, color=_QUIET)
     axes.grid(axis="y", color=_LINE, linewidth=0.8)
     return _svg(figure, f"{label} over labels")
+
+
+def _style(number: int) -> dict[str, Any]:
+    dash = _DASHES[number // COLOURS % len(_DASHES)]
+    return {"color": f"#0200{number % COLOURS:02x}", "linestyle": dash}
 
 
 def _mean(curves: Sequence[Curve]) -> Curve:

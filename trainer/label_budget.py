@@ -124,8 +124,9 @@ def _rests_on(curve: LearningCurve) -> list[str]:
     notes = []
     if max(curve.runs) == 1:
         notes.append(
-            "One run at each label count: how far another would fall is not known, and was taken "
-            f"for about {RUN_SCALE:.0%} of the score."
+            "One run at each label count: how far another would fall "
+            f"({curve.run_deviation:.3f}) is a guess, from {RUN_SCALE:.0%} of the score and from "
+            "how far the points lie off a curve."
         )
     if len(curve.counts) == 2:
         notes.append(

@@ -29,6 +29,7 @@ Departures from a least-squares fit of a, b and c:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +42,7 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 FAR = 10  # times the most labels measured: nothing is said of what lies beyond
 RUN_SCALE = 0.05  # of the mean score
-_DRAWS = 4000
+_DRAWS = 10_000
 _EXPONENTS = np.linspace(0, 2, 41)
 _DEVIATIONS = np.geomspace(0.02, 50, 48)  # of runs, in units of the scale
 
@@ -209,7 +210,7 @@ def _posterior(
     repeats: NDArray[np.int64],
     within: float,
     scale: float,
-) -> tuple[Array, Array]:
+) -> tuple[Array, NDArray[np.floating[Any]]]:
     """Returns how likely each exponent and deviation of runs is, and what it makes of means.
 
     Args:

@@ -4,13 +4,11 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from trainer.charts import Curve, curve_chart, difference_chart, learning_chart
+from trainer.charts import COLOURS, Curve, difference_chart, learning_chart, small_chart
 from trainer.intervals import Interval
 from trainer.label_budget import Advice, gain_words
 from trainer.learning_curve import LearningCurve
 from trainer.verdict import Difference
-
-_PANEL_WIDTH = 5.2  # inches: two stand beside each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ def steps_section(steps: Sequence[Step]) -> str:
     if len(bought) < 2:
         return f'<div class="panel">{table}</div>'
     chart = difference_chart(bought, label="difference from the step before")
-    return f'<div class="panel">{table}</div>\n<figure class="panel">{chart}</figure>'
+    return f'<div class="panel">{table}</div>\n<figure class="panel wide">{chart}</figure>'
 
 
 def _step(step: Step) -> str:
@@ -150,26 +148,26 @@ def budget_section(budget: LabelBudget) -> str:
     chart = learning_chart(curve, more=advice.more, label=advice.figure)
     return (
         f'<p class="advice">{html.escape(advice.sentence)}.</p>\n{listed("notes", advice.notes)}\n'
-        f'<figure class="panel">{chart}<figcaption>Dots: measured, with 95 % intervals over the '
+        f'<figure class="panel wide">{chart}<figcaption>Dots: measured, with 95 % intervals over the '
         f"{curve.images} test images. Line and band: the curve a - b n<sup>-c</sup> and its 95 % "
         "interval; dashed where nothing was measured.</figcaption></figure>"
     )
 
 
 def panels_section(panels: Sequence[Panel]) -> str:
-    """Returns the curves of training."""
-    charts = (
+    """Returns the curves of training, each run in one colour throughout."""
+    runs = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    key = "".join(
+        f'<li style="color: var(--arm-{number % COLOURS})">{html.escape(name)}</li>'
+        for number, name in enumerate(runs)
+    )
+    charts = "\n".join(
         f'<figure class="panel"><figcaption>{html.escape(panel.title)}</figcaption>'
-        + curve_chart(
-            {name: [line] for name, line in panel.lines.items()},
-            label=panel.title,
-            x="step",
-            width=_PANEL_WIDTH,
-        )
+        + small_chart({name: panel.lines.get(name, ()) for name in runs}, label=panel.title)
         + "</figure>"
         for panel in panels
     )
-    return '<div class="pair">\n' + "\n".join(charts) + "\n</div>"
+    return f'<ul class="key">{key}</ul>\n<div class="pair">\n{charts}\n</div>'
 
 
 def provenance_section(known: Provenance) -> str:

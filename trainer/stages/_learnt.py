@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainer.checkpoint import CHECKPOINT, load_checkpoint
+from trainer.checkpoint import load_checkpoint
 from trainer.config import Config, validate, write_resolved
 from trainer.data import Example
 from trainer.distributed import rank
+from trainer.loop import TrainingLoop
 
 LEARNT = "learnt.json"
 
@@ -27,25 +28,31 @@ class Learnt(Config):
 
 
 @contextmanager
-def recorded(folder: Path, examples: Sequence[Example], *, captions: bool) -> Iterator[None]:
+def recorded(
+    loop: TrainingLoop, folder: Path, examples: Sequence[Example], *, captions: bool
+) -> Iterator[None]:
     """Writes `learnt.json` to a run's folder when the training within is done.
 
     Args:
+        loop: That makes its steps.
         folder: Of the run.
         examples: That it learns from.
         captions: Whether it reads their captions.
     """
-    begun = _step(folder / CHECKPOINT)
+    checkpoint = loop.checkpoint
+    begun = load_checkpoint(checkpoint)[1]["step"] if checkpoint.exists() else 0
     since = time.perf_counter()
     yield
-    elapsed, total = time.perf_counter() - since, _step(folder / CHECKPOINT)
+    elapsed, total = time.perf_counter() - since, loop.total
     if rank():
         return
     counts: Counter[str] = Counter()
     for example in examples if captions else ():
         counts[example.source] += len(example.captions)
     before = read_learnt(folder)
-    seconds = elapsed * total / (total - begun) if begun < total else before and before.seconds
+    seconds = None if before is None else before.seconds
+    if begun < total:
+        seconds = elapsed * total / (total - begun)
     images = len({example.image for example in examples})
     write_resolved(Learnt(images=images, captions=dict(counts), seconds=seconds), folder / LEARNT)
 
@@ -56,9 +63,3 @@ def read_learnt(folder: Path) -> Learnt | None:
     if not path.exists():
         return None
     return validate(Learnt, json.loads(path.read_text(encoding="utf-8")), str(path))
-
-
-def _step(checkpoint: Path) -> int:
-    if not checkpoint.exists():
-        return 0
-    return int(load_checkpoint(checkpoint)[1]["step"])

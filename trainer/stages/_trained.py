@@ -57,15 +57,14 @@ class Trained:
             with_captions = f" with {captions:,} captions" if captions else " without captions"
             on = f" on {learnt.images:,} images{with_captions}"
         if isinstance(recipe, PretrainRecipe):
-            how, model = recipe.method["name"], recipe.encoder["name"]
+            parts, start = [recipe.encoder["name"]], recipe.encoder.get("weights")
+            how = recipe.method["name"]
         else:
-            parts = (recipe.encoder["name"], recipe.bridge["name"], recipe.decoder["name"])
-            how, model = recipe.objective["name"], " \N{RIGHTWARDS ARROW} ".join(parts)
-        start = (
-            recipe.encoder.get("weights") if isinstance(recipe, PretrainRecipe) else recipe.start
-        )
+            parts = [table["name"] for table in (recipe.encoder, recipe.bridge, recipe.decoder)]
+            how, start = recipe.objective["name"], recipe.start
         begun = f", from {Path(start).name}" if start else ""
-        return f"{model} learnt by {how}{on} for {recipe.loop.epochs} epochs{begun}."
+        model = " \N{RIGHTWARDS ARROW} ".join(parts)
+        return f"Trained{on}, {recipe.loop.epochs} epochs{begun} ({model}, {how})."
 
     @property
     def captions(self) -> bool:
@@ -117,8 +116,12 @@ def read_trained(folder: Path) -> Trained:
         ) from error
     if "method" not in table and "objective" not in table:
         raise CheckpointError(f"{folder}: not a run of pretrain or finetune, by its recipe.json")
-    kind = PretrainRecipe if "method" in table else Recipe
-    return Trained(folder, validate(kind, table, str(path)), read_learnt(folder), read_log(folder))
+    recipe: Recipe | PretrainRecipe
+    if "method" in table:
+        recipe = validate(PretrainRecipe, table, str(path))
+    else:
+        recipe = validate(Recipe, table, str(path))
+    return Trained(folder, recipe, read_learnt(folder), read_log(folder))
 
 
 def panels_of(runs: Mapping[str, Trained]) -> list[Panel]:

@@ -92,7 +92,7 @@ def _train(config: Config, out_dir: Path) -> None:
         folder=out_dir,
         evaluate=Evaluation(config, objective, tokenizer, held_out) if held_out else None,
     )
-    with recorded(out_dir, examples, captions=True):
+    with recorded(loop, out_dir, examples, captions=True):
         loop.run()
 
 

@@ -107,7 +107,7 @@ def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
         evaluate_first=True,
         after_evaluation=report.draw if report else None,
     )
-    with recorded(out_dir, examples, captions=module.Method.reads_captions):
+    with recorded(loop, out_dir, examples, captions=module.Method.reads_captions):
         loop.run()
 
 
