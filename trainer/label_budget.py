@@ -109,6 +109,8 @@ def _what_helps(curve: LearningCurve, more: int, worthwhile: float, figure: str)
         )
     if needed is None:
         return "More test images would help, and several seeds at each label count."
+    if needed <= curve.images:
+        return f"A gain of {worthwhile:+.3f} {figure} would have shown: it is likely to be less."
     return (
         f"About {_rounded(needed):,} test images would show a gain of {worthwhile:+.3f} {figure}."
     )

@@ -142,10 +142,10 @@ def fit(measurements: Sequence[Measurement], *, seed: int = 0) -> LearningCurve:
     scores = np.stack([runs[count].mean(axis=0) for count in counts])  # (K, n)
     repeats = np.array([len(runs[count]) for count in counts])
     images = scores.shape[1]
-    within = sum(float(np.sum((rows.mean(1) - rows.mean()) ** 2)) for rows in runs.values())
     means, covariance = scores.mean(axis=1), np.atleast_2d(np.cov(scores)) / images
     scale = max(1e-6, RUN_SCALE * float(np.abs(means).mean()))
-    weights, maps = _posterior(counts, means, covariance, repeats, within, scale)
+    spread = _spread_of_runs(list(runs.values()))
+    weights, maps = _posterior(counts, means, covariance, repeats, spread, scale)
     generator = np.random.default_rng(seed)
     cells = generator.choice(weights.size, size=_DRAWS, p=weights.ravel())
     deviations = scale * _DEVIATIONS[cells % len(_DEVIATIONS)]
@@ -203,12 +203,33 @@ def _checked(measurements: Sequence[Measurement]) -> dict[int, Array]:
     return runs
 
 
+def _spread_of_runs(scores: Sequence[Array]) -> tuple[float, float]:
+    """Returns how the runs' means differ, and how much of that is chance of few test images.
+
+    Args:
+        scores: (R, n) of each label count.
+
+    Returns:
+        The sum of squares of the runs' means about those of their counts; and the variance of such
+        a mean that comes from how runs differ image by image.
+    """
+    within = residual = 0.0
+    free = 0
+    for rows in scores:
+        centred = rows - rows.mean(axis=0)
+        luck = centred.mean(axis=1, keepdims=True)
+        within += float(np.sum(luck**2))
+        residual += float(np.sum((centred - luck) ** 2))
+        free += (rows.shape[0] - 1) * (rows.shape[1] - 1)
+    return within, residual / free / scores[0].shape[1] if free else 0.0
+
+
 def _posterior(
     counts: Sequence[int],
     means: Array,
     covariance: Array,
     repeats: NDArray[np.int64],
-    within: float,
+    spread: tuple[float, float],
     scale: float,
 ) -> tuple[Array, NDArray[np.floating[Any]]]:
     """Returns how likely each exponent and deviation of runs is, and what it makes of means.
@@ -218,7 +239,7 @@ def _posterior(
         means: (K,) that were measured.
         covariance: (K, K) of them, over test images.
         repeats: (K,) runs at each count.
-        within: Sum of squares of the runs' means about those of their counts.
+        spread: What `_spread_of_runs` says.
         scale: Of the deviation of runs.
 
     Returns:
@@ -237,7 +258,9 @@ def _posterior(
     left = means - (design @ (maps @ means)[..., None])[..., 0]  # (C, S, K)
     squares = np.einsum("csj,sjk,csk->cs", left, precision, left)
     logs = np.linalg.slogdet(precision)[1] - np.linalg.slogdet(information)[1] - squares
-    logs = logs / 2 - free * np.log(deviation) - within / (2 * deviation**2)
+    within, chance = spread
+    variance = deviation**2 + chance
+    logs = (logs - free * np.log(variance) - within / variance) / 2
     logs -= 2 * _EXPONENTS[:, None]
     # The prior is a density over deviations, the grid one of their logarithms.
     logs += np.log(_DEVIATIONS) - 2.5 * np.log1p(_DEVIATIONS**2 / 4)

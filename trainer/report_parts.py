@@ -148,9 +148,9 @@ def budget_section(budget: LabelBudget) -> str:
     chart = learning_chart(curve, more=advice.more, label=advice.figure)
     return (
         f'<p class="advice">{html.escape(advice.sentence)}.</p>\n{listed("notes", advice.notes)}\n'
-        f'<figure class="panel wide">{chart}<figcaption>Dots: measured, with 95 % intervals over the '
-        f"{curve.images} test images. Line and band: the curve a - b n<sup>-c</sup> and its 95 % "
-        "interval; dashed where nothing was measured.</figcaption></figure>"
+        f'<figure class="panel wide">{chart}<figcaption>Dots: measured, with 95 % intervals over '
+        f"the {curve.images} test images. Line and band: the curve a - b n<sup>-c</sup> and its "
+        "95 % interval; dashed where nothing was measured.</figcaption></figure>"
     )
 
 

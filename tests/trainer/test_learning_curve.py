@@ -67,7 +67,7 @@ def test_a_planted_gain_lies_in_the_interval(name: str, monkeypatch: pytest.Monk
 
 def test_the_interval_is_no_wider_than_it_must_be() -> None:
     """Without luck and with many images, four points on a curve tell what comes next."""
-    found = fit(measured(power, np.random.default_rng(0), images=20_000, runs=3, luck=0.002))
+    found = fit(measured(power, np.random.default_rng(0), images=2000, runs=8, luck=0.002))
     gain = found.gain(30)
     assert gain.low > 0.02
     assert gain.high - gain.low < 0.03
@@ -99,7 +99,9 @@ def test_the_fit_is_generalised_least_squares() -> None:
     counts, repeats = (25, 50, 100), np.array([1, 2, 3])
     means = np.array([0.2, 0.5, 0.4])
     covariance = np.array([[0.04, 0.01, 0.0], [0.01, 0.02, 0.005], [0.0, 0.005, 0.01]])
-    weights, maps = learning_curve._posterior(counts, means, covariance, repeats, 0.02, 0.1)
+    weights, maps = learning_curve._posterior(
+        counts, means, covariance, repeats, (0.02, 0.003), 0.1
+    )
     assert weights.sum() == pytest.approx(1)
     logs = []
     for place in (700, 701, 1300):
@@ -118,7 +120,8 @@ def test_the_fit_is_generalised_least_squares() -> None:
         left = means - design @ by_hand @ means
         density = math.exp(-left @ inverse @ left / 2)
         density /= math.sqrt(np.linalg.det(total) * np.linalg.det(normal))
-        density *= sigma**-3 * math.exp(-0.02 / (2 * sigma**2))  # three runs beyond one a count
+        variance = sigma**2 + 0.003
+        density *= variance**-1.5 * math.exp(-0.02 / (2 * variance))  # three runs beyond one each
         density *= (1 + relative**2 / 4) ** -2.5 * relative * math.exp(-2 * c)
         logs.append(math.log(density) - math.log(weights.ravel()[place]))
     assert logs == pytest.approx([logs[0]] * 3)
@@ -145,6 +148,14 @@ def test_runs_that_differ_widen_the_interval() -> None:
     assert wild.from_runs > 5 * calm.from_runs
     assert wild.run_deviation == pytest.approx(0.2 * math.sqrt(2), rel=0.35)
     assert wild.runs == (2, 2, 2, 2)
+
+
+def test_what_few_images_do_to_runs_is_not_taken_for_luck() -> None:
+    generator = np.random.default_rng(11)
+    found = fit(measured(power, generator, images=40, runs=20, luck=0.0))
+    assert found.run_deviation < 0.03  # the runs' means differ by 0.4 / sqrt(40) = 0.063
+    found = fit(measured(power, generator, images=40, runs=20, luck=0.2))
+    assert found.run_deviation == pytest.approx(0.2, rel=0.25)
 
 
 def test_few_images_are_doubted_more_than_the_plain_bootstrap_does() -> None:
