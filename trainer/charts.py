@@ -1,4 +1,4 @@
-"""Charts of a comparison as SVG that stands in a page and takes its colours from it.
+"""Charts as SVG that stands in a page and takes its colours from it.
 
 Every colour is one of the page's CSS variables, so that a chart is readable in light and dark.
 """
@@ -10,19 +10,23 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from trainer.intervals import Interval
+from trainer.learning_curve import LearningCurve
 from trainer.verdict import Difference
 
 Curve = Sequence[tuple[float, float]]
-"""Points (epoch, figure)."""
+"""Points (epoch or step, figure)."""
 
 COLOURS = 6
 """The page defines `--arm-0` ... `--arm-5`; further arms begin anew with other dashes."""
+_WIDTH = 8.4  # inches
 _DASHES = ("-", "--", ":", "-.")
+_MARKED = 40  # points up to which each has a mark
 _INK, _QUIET, _LINE, _GOOD, _BAD = "#010001", "#010002", "#010003", "#010004", "#010005"
 # What matplotlib is told to draw in -> what the page draws in.
 _VARIABLES = {
@@ -60,10 +64,7 @@ def curve_chart(arms: Mapping[str, Sequence[Curve]], *, label: str) -> str:
     """
     figure, axes = _figure(height=3.6)
     for number, (name, curves) in enumerate(arms.items()):
-        style: dict[str, Any] = {
-            "color": f"#0200{number % COLOURS:02x}",
-            "linestyle": _DASHES[number // COLOURS % len(_DASHES)],
-        }
+        style = _style(number)
         mean = _mean(curves)
         if len(mean) == 1:
             axes.axhline(mean[0][1], **style | {"linestyle": (0, (4, 4))}, label=name)
@@ -110,6 +111,61 @@ def interpolation_chart(
     return _svg(figure, label)
 
 
+def small_chart(lines: Mapping[str, Curve], *, label: str) -> str:
+    """Returns one line a run over its steps; the page around it names figure and runs.
+
+    Args:
+        lines: By run, empty where a run has none; the number of each decides its colour.
+        label: Of the chart, unlike that of any other on the page.
+    """
+    figure, axes = _figure(height=2.9, width=5.2)
+    for number, line in enumerate(lines.values()):
+        if not line:
+            continue
+        mark = "o" if len(line) <= _MARKED else ""
+        axes.plot(*zip(*line, strict=True), **_style(number), marker=mark, markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("step", color=_QUIET)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    return _svg(figure, label)
+
+
+def learning_chart(curve: LearningCurve, *, more: int, label: str) -> str:
+    """Returns the measured means with their intervals, the curve, its band, and `more` labels on.
+
+    What was measured is drawn through, what lies beyond is dashed.
+    """
+    first, last = curve.counts[0], curve.counts[-1]
+    figure, axes = _figure(height=3.8)
+    for colour, dash, start, end in ((_GOOD, "-", first, last), (_INK, "--", last, last + more)):
+        labels = np.linspace(start, end, 30)
+        found = [curve.at(float(count)) for count in labels]
+        axes.fill_between(
+            labels,
+            [one.low for one in found],
+            [one.high for one in found],
+            color=colour,
+            alpha=0.14,
+            linewidth=0,
+        )
+        axes.plot(labels, [one.value for one in found], color=colour, linestyle=dash, linewidth=2)
+    for count, mean in zip(curve.counts, curve.measured, strict=True):
+        axes.plot([count, count], [mean.low, mean.high], color=_INK, linewidth=1.5, zorder=3)
+        axes.plot([count], [mean.value], color=_INK, marker="o", markersize=6, zorder=3)
+    axes.axvline(last, color=_LINE, linewidth=1, zorder=0)
+    axes.set_xticks([*curve.counts, last + more])
+    axes.tick_params(axis="x", length=0, labelcolor=_INK)
+    axes.set_xlabel("labelled images", color=_QUIET)
+    axes.set_ylabel(label, color=_QUIET)
+    axes.grid(axis="y", color=_LINE, linewidth=0.8)
+    return _svg(figure, f"{label} over labels")
+
+
+def _style(number: int) -> dict[str, Any]:
+    dash = _DASHES[number // COLOURS % len(_DASHES)]
+    return {"color": f"#0200{number % COLOURS:02x}", "linestyle": dash}
+
+
 def _mean(curves: Sequence[Curve]) -> Curve:
     """Returns the mean of the curves at the epochs that all of them have."""
     by_epoch = [dict(curve) for curve in curves]
@@ -117,8 +173,8 @@ def _mean(curves: Sequence[Curve]) -> Curve:
     return [(epoch, fmean(other[epoch] for other in by_epoch)) for epoch in shared]
 
 
-def _figure(*, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8.4, height), layout="constrained")
+def _figure(*, height: float, width: float = _WIDTH) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[:].set_visible(False)
     axes.tick_params(color=_LINE, labelcolor=_QUIET)

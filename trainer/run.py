@@ -5,7 +5,8 @@
 - `decoder.json`, the architecture of a decoder that began with a checkpoint of `transformers`; with
   it the checkpoint itself is needed no more;
 - `last.safetensors`: the whole state of the loop (see `trainer.checkpoint`);
-- `log.jsonl`: losses and figures by step; `tensorboard/`: the same as curves.
+- `log.jsonl`: losses and figures by step; `tensorboard/`: the same as curves;
+- `learnt.json`, when it is done: who wrote what it learnt from, and how long it took.
 """
 
 import json

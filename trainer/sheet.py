@@ -66,22 +66,32 @@ def write_sheet(
     """
     if not rows:
         raise DataError(f"{path}: a contact sheet of no images")
-    ordered = sorted(rows, key=_worst_first)
-    if len(ordered) > limit:
-        places = np.linspace(0, len(ordered) - 1, limit).round().astype(int)
-        shown = [ordered[place] for place in places]
-        extent = f"{limit} of {len(ordered)} images, evenly spaced from the worst to the best"
-    else:
-        shown, extent = ordered, f"{len(ordered)} images"
+    shown, extent = fair_sample(rows, limit)
     template = Template(resources.files("trainer").joinpath("sheet.html").read_text("utf-8"))
     page = template.substitute(
         title=html.escape(title),
         extent=extent,
         figures="\n".join(_figure(name, value) for name, value in figures.items()),
-        cards="\n".join(_card(row) for row in shown),
+        card_style=card_style(),
+        cards="\n".join(card(row) for row in shown),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def fair_sample(rows: Sequence[SheetRow], limit: int) -> tuple[list[SheetRow], str]:
+    """Returns at most `limit` rows, worst CIDEr-D first, and words that say which they are."""
+    ordered = sorted(rows, key=_worst_first)
+    if len(ordered) <= limit:
+        return ordered, f"{len(ordered)} images"
+    places = np.linspace(0, len(ordered) - 1, limit).round().astype(int)
+    extent = f"{limit} of {len(ordered)} images, evenly spaced from the worst to the best"
+    return [ordered[place] for place in places], extent
+
+
+def card_style() -> str:
+    """Returns the CSS of cards; the page defines `--card`, `--quiet`, `--line` and `--accent`."""
+    return resources.files("trainer").joinpath("sheet_card.css").read_text("utf-8").rstrip()
 
 
 def _worst_first(row: SheetRow) -> float:
@@ -99,7 +109,12 @@ def _figure(name: str, value: Interval | float) -> str:
     )
 
 
-def _card(row: SheetRow) -> str:
+def card(row: SheetRow) -> str:
+    """Returns one image with its captions as HTML.
+
+    Raises:
+        DataError: The image cannot be decoded.
+    """
     tags = []
     if row.cider_d is not None:
         tags.append(f'<span class="cider">CIDEr-D {row.cider_d:.2f}</span>')
@@ -111,7 +126,7 @@ def _card(row: SheetRow) -> str:
     width, height, source = _thumbnail(row.image)
     return (
         f'<article class="card" data-cider="{cider}" data-score="{score}">'
-        f'<img src="{source}" width="{width}" height="{height}" alt="{html.escape(row.caption)}">'
+        f'<img src="{source}" width="{width}" height="{height}" alt="{html.escape(row.caption)}"/>'
         f'<div class="body"><p class="caption">{html.escape(row.caption) or "(no words)"}</p>'
         f'<p class="tags">{"".join(tags)}</p><ul>{references}</ul>'
         f'<p class="file">{html.escape(row.image.name)}</p></div></article>'

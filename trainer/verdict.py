@@ -15,6 +15,7 @@ https://www.jstor.org/stable/4615733, corrects the p values for the number of ar
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,6 +123,23 @@ def judge(values: Mapping[str, NDArray[np.float64]], baseline: str) -> Judgement
             for name, gain in gains.items()
         },
     )
+
+
+def successive(values: Mapping[str, NDArray[np.float64]]) -> dict[str, Difference]:
+    """Returns of every step but the first how it differs from the one before.
+
+    Args:
+        values: Of each step the images' scores (S, n), in order; corrected for the number of steps.
+
+    Raises:
+        DataError: A score is not a number.
+    """
+    found = {
+        after: judge({before: values[before], after: values[after]}, before).differences[after]
+        for before, after in pairwise(values)
+    }
+    p_values = holm({name: one.p_value for name, one in found.items()})
+    return {name: Difference(one.interval, p_values[name]) for name, one in found.items()}
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

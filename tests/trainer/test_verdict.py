@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from trainer.errors import DataError
 from trainer.intervals import Interval, paired_difference
 from trainer.metrics._scores import mean_scores
-from trainer.verdict import Difference, Judgement, holm, judge
+from trainer.verdict import Difference, Judgement, holm, judge, successive
 
 
 def scores(
@@ -124,3 +124,27 @@ def test_where_all_are_worse_it_says_so() -> None:
         "Keep frozen: every other arm is worse "
         "(the least: less, -0.200 [-0.300, -0.100], one seed)."
     )
+
+
+def test_successive_steps_are_compared_with_the_one_before() -> None:
+    generator = np.random.default_rng(8)
+    base = scores(1, 200, generator)
+    steps = {"a": base, "b": base + 0.5, "c": base + 0.5, "d": base + 0.2}
+    found = successive(steps)
+    assert list(found) == ["b", "c", "d"]
+    assert [round(one.interval.value, 6) for one in found.values()] == [0.5, 0.0, -0.3]
+    assert found["b"].better and found["d"].worse
+    assert not found["c"].better and not found["c"].worse
+    assert successive({"a": base}) == {} == successive({})
+
+
+def test_successive_steps_are_corrected_for_their_number() -> None:
+    noise = np.random.default_rng(9).normal(size=(1, 100))
+    noise = (noise - noise.mean()) / noise.std()
+    start = np.zeros((1, 100))
+    lone = successive({"a": start, "b": start + noise + 0.23})["b"]
+    steps = {"a": start, "b": start + noise + 0.23, **{f"c{n}": start + n for n in range(4)}}
+    one_of_many = successive({**steps, "c0": start + noise + 0.23, "c1": start + noise + 0.23})["b"]
+    assert lone.better
+    assert one_of_many.interval == lone.interval and one_of_many.p_value > lone.p_value
+    assert not one_of_many.better

@@ -97,6 +97,7 @@ def run(config: Config, out_dir: Path) -> None:
         report |= {"matching": as_json(matching)}
         print("\nmatching of captions and images")
         _print(matching)
+    copied: list[str] = []
     if others:
         copied = _copied_captions(model, pixels, others)
         baseline, gain = score_all(references, copied), differences_of(references, captions, copied)
@@ -107,7 +108,6 @@ def run(config: Config, out_dir: Path) -> None:
         _print(gain)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "figures.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _write_captions(out_dir / "captions.jsonl", examples, captions, found)
     scores = cider.score(references, captions).per_image[:, 0].tolist()
     rows = [
         SheetRow(example.image, caption, example.captions, hypothesis.score, value)
@@ -115,6 +115,7 @@ def run(config: Config, out_dir: Path) -> None:
             examples, captions, found, scores, strict=True
         )
     ]
+    _write_captions(out_dir / "captions.jsonl", examples, rows, found, copied)
     title = f"{model.name} on {config.data.name}"
     write_sheet(out_dir / "sheet.html", rows, title, figures, limit=config.sheet_images)
     print(f"\nwrote {out_dir}/figures.json, captions.jsonl and sheet.html")
@@ -163,18 +164,35 @@ def _features(model: Model, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _write_captions(
     path: Path,
     examples: Sequence[Example],
-    captions: Sequence[str],
+    rows: Sequence[SheetRow],
     found: Sequence[Hypothesis],
+    copied: Sequence[str],
 ) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for example, caption, hypothesis in zip(examples, captions, found, strict=True):
-            row = {
-                "image": example.image.name,
-                "caption": caption,
-                "score": round(hypothesis.score, 5),
-                "token_ids": hypothesis.token_ids,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Writes a line for each image: all that a report needs without captioning again."""
+    lines: list[dict[str, Any]] = [
+        {
+            "image": example.image.name,
+            "file": str(example.image.resolve()),
+            "caption": row.caption,
+            "score": round(hypothesis.score, 5),
+            "cider_d": _number(row.cider_d),
+            "token_ids": hypothesis.token_ids,
+            "references": example.captions,
+            "source": example.source,
+        }
+        for example, row, hypothesis in zip(examples, rows, found, strict=True)
+    ]
+    if copied:
+        values = cider.score([example.captions for example in examples], copied).per_image[:, 0]
+        for line, caption, value in zip(lines, copied, values.tolist(), strict=True):
+            line["neighbour"] = {"caption": caption, "cider_d": _number(value)}
+    body = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.write_text(body, encoding="utf-8")
+
+
+def _number(value: float | None) -> float | None:
+    """Returns what JSON has a word for."""
+    return None if value is None or math.isnan(value) else round(value, 5)
 
 
 def _words(generation: Generation) -> str:

@@ -27,6 +27,7 @@ from trainer.run import (
 from trainer.splits import split_examples
 from trainer.stages._evaluation import Evaluation
 from trainer.stages._folds import Measure, chosen_epochs
+from trainer.stages._learnt import recorded
 from trainer.transforms import Transform
 
 
@@ -110,7 +111,7 @@ def _train(
         # In this layout convolutions on a CPU take two thirds of the time.
         captioner.encoder.to(memory_format=torch.channels_last)
         dataset.encode(captioner.encoder.eval(), config.data.encoded_views)
-    TrainingLoop(
+    loop = TrainingLoop(
         objective,
         data,
         config=config.loop,
@@ -119,7 +120,9 @@ def _train(
         folder=out_dir,
         evaluate=measure(objective, dataset),
         until=until,
-    ).run()
+    )
+    with recorded(loop, out_dir, examples, captions=True):
+        loop.run()
 
 
 def _read(config: Config) -> tuple[list[Example], list[Example]]:

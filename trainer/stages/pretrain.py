@@ -30,6 +30,7 @@ from trainer.run import PretrainRecipe as Config
 from trainer.run import claimed, run_tokenizer
 from trainer.runlog import read_log
 from trainer.sides import Mirror
+from trainer.stages._learnt import recorded
 from trainer.transforms import Transform
 
 # Keys of a recipe that may change while its run is under way: what is learnt is the same.
@@ -95,7 +96,7 @@ def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
         probes = probes or Probes(config.probe, config.image, examples, seed=config.seed)
         report = Report(config, probes, images, method, out_dir)
     _prepare(config, method, ViewDataset(images, [first], seed=config.seed), out_dir)
-    TrainingLoop(
+    loop = TrainingLoop(
         method,
         dataset,
         config=config.loop,
@@ -105,7 +106,9 @@ def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
         evaluate=report.measure if report else None,
         evaluate_first=True,
         after_evaluation=report.draw if report else None,
-    ).run()
+    )
+    with recorded(loop, out_dir, examples, captions=module.Method.reads_captions):
+        loop.run()
 
 
 def _read(config: Config, *, reads_captions: bool) -> list[Example]:
