@@ -6,8 +6,11 @@ how each round went, so the newest model is found again after a restart.
 
 import json
 import logging
+import os
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock, Thread
@@ -95,7 +98,7 @@ class Refits:
             self._stops = True
             process = self._process
         if process is not None:
-            process.terminate()
+            _signal(process, signal.SIGTERM)
         if self._thread is not None:
             self._thread.join()
 
@@ -148,7 +151,13 @@ class Refits:
                 return process.wait(_PATIENCE_S)
             except subprocess.TimeoutExpired:
                 if self._stops:  # it was told to end long ago
-                    process.kill()
+                    _signal(process, signal.SIGKILL)
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """Sends a signal to a command and to what it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def read_rounds(folder: Path) -> list[State]:

@@ -1,6 +1,7 @@
 """Which photograph comes next, who is looking at it, and how much is left."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +29,8 @@ class Progress:
     """How far the work is.
 
     Attributes:
-        labelled: Photographs with a caption.
+        labelled: Photographs that have their captions.
+        begun: Photographs that have some of them.
         skipped: Photographs that are done without one.
         left: Photographs to do, of the picks as long as there are any.
         others: Photographs to do beside those.
@@ -36,6 +38,7 @@ class Progress:
     """
 
     labelled: int
+    begun: int
     skipped: int
     left: int
     others: int
@@ -182,16 +185,20 @@ class Session:
 
     def progress(self) -> Progress:
         """Returns how far the work is."""
-        lasts = [self.answers.last(photo.name) for photo in self.photos]
-        skipped = sum(
-            last is not None and last.action == "skip" and not last.captions for last in lasts
-        )
+        captioned, done = Counter[bool](), 0
+        for number, photo in enumerate(self.photos):
+            last = self.answers.last(photo.name)
+            is_done = self.is_done(number)
+            done += is_done
+            if last is not None and last.captions:
+                captioned[is_done] += 1
         left = sum(1 for _ in self._open(beyond=False))
         return Progress(
-            labelled=sum(last is not None and bool(last.captions) for last in lasts),
-            skipped=skipped,
+            labelled=captioned[True],
+            begun=captioned[False],
+            skipped=done - captioned[True],
             left=left,
-            others=sum(1 for _ in self._open(beyond=True)) - left,
+            others=len(self.photos) - done - left,
             seconds_left=self._seconds(left),
         )
 

@@ -141,8 +141,8 @@ def _working(session: Session, refits: Refits | None) -> Iterator[None]:
 def _serve(server: LabelServer, *, open_browser: bool) -> None:
     """Serves until a signal says to end."""
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: ended.set()) for number in signals]
     thread = threading.Thread(target=server.serve_forever, name="page", daemon=True)
     thread.start()
     print(f"the page is at {server.url} (Ctrl-C ends it)", flush=True)
@@ -151,6 +151,8 @@ def _serve(server: LabelServer, *, open_browser: bool) -> None:
     ended.wait()
     server.shutdown()
     thread.join()
+    for number, handler in zip(signals, before, strict=True):
+        signal.signal(number, handler)
 
 
 def _export(export: Export, session: Session, folder: Path) -> None:
@@ -163,13 +165,13 @@ def _export(export: Export, session: Session, folder: Path) -> None:
 def _say_what_next(config: Config, session: Session, folder: Path) -> None:
     progress, path = session.progress(), session.answers.path
     print(
-        f"\n{progress.labelled} of {len(session.photos)} images are labelled, {progress.skipped} "
-        f"skipped: {path}"
+        f"\n{progress.labelled} of {len(session.photos)} images are labelled, "
+        f"{progress.begun} begun, {progress.skipped} skipped: {path}"
     )
     for written in (config.export.coco, config.export.label_studio):
         if written is not None:
             print(f"wrote {written}")
-    if progress.labelled:
+    if progress.labelled or progress.begun:
         recipe = config.refit or "RECIPE"
         print(
             "next: python -m trainer finetune "
