@@ -113,6 +113,7 @@ class LabelServer(ThreadingHTTPServer):
     def __init__(self, session: Session, refits: Refits | None = None, *, port: int = 0) -> None:
         self.session = session
         self.refits = refits
+        self.run = secrets.token_hex(8)
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -267,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_page(self) -> None:
         nonce = secrets.token_urlsafe(16)
-        body = _page().replace("{nonce}", nonce).encode()
+        body = _page().replace("{nonce}", nonce).replace("{run}", self.server.run).encode()
         policy = (
             f"default-src 'none'; img-src 'self' data:; connect-src 'self'; "
             f"style-src 'nonce-{nonce}'; script-src 'nonce-{nonce}'; "

@@ -206,12 +206,14 @@ def test_what_goes_wrong_is_said_and_work_goes_on(open_bench, monkeypatch) -> No
         page.until(f"{PROBLEM}.includes('not saved') && {PROBLEM}.includes('No space left')")
     bench.at(0)
     assert bench.rows() == []
-    bench.session.photos[1].path.unlink()
+    bench.session.photos[2].path.unlink()
     page.press("1")
     bench.at(1)
-    page.until("document.querySelector('#broken').textContent.endsWith('p1.png: no such file')")
-    page.press("s")
+    page.press("1")
     bench.at(2)
+    page.until("document.querySelector('#broken').textContent.endsWith('p2.png: no such file')")
+    page.press("s")
+    bench.at(3)
     page.until("!document.querySelector('#photo').hidden")
     assert page.evaluate(PROBLEM) == ""
 

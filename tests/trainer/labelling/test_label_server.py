@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import socket
 import threading
 from pathlib import Path
@@ -153,6 +154,16 @@ def test_the_page_runs_its_own_script_alone(client) -> None:
     assert nonce not in again.text
     assert "https://" not in page.text  # nothing from elsewhere
     assert page.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_photograph_that_a_browser_remembers_is_of_this_run(session) -> None:
+    addresses = []
+    for _ in range(2):
+        with served(session) as client:
+            addresses += re.findall(r"/photos/\S+\?run=\w+", client.get("/").text)
+            assert "max-age" in client.get("/photos/0").headers["cache-control"]
+            assert client.get("/api/status?tab=t").headers["cache-control"] == "no-store"
+    assert len(set(addresses)) == 2
 
 
 def test_hostile_file_names_and_captions_stay_text(tmp_path: Path) -> None:
