@@ -26,7 +26,7 @@ from trainer.labelling.session import Session
 from trainer.stages import label
 from trainer.stages._rounds import Rounds, newest_run
 
-PATIENCE_S = 100
+PATIENCE_S = 300
 GPT2 = Path("trainer/recipes/tiny/gpt2.toml")
 
 
