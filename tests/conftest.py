@@ -1,1 +1,1 @@
-"""Lets every test import the modules of this folder: `histories`."""
+"""Lets every test import the modules of this folder: `histories`, `chromium`."""

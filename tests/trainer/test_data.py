@@ -139,6 +139,51 @@ def test_captions_of_different_sources_stay_apart(pictures: Path) -> None:
     ]
 
 
+def test_of_the_labelling_page_s_rows_the_last_of_an_image_counts(
+    pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def row(image: str, revision: int, *captions: str, action: str = "edit") -> str:
+        fields = {"image": image, "captions": captions, "action": action, "revision": revision}
+        return json.dumps(fields | {"source": "human"})
+
+    lines = [
+        row("a.jpg", 1, "wrong"),
+        row("b.png", 1, "two people"),
+        row("c.webp", 1, "a mistake"),
+        row("a.jpg", 2, "a dog runs", "a dog"),
+        row("c.webp", 2, action="skip"),
+    ]
+    source = pictures.parent / "answers.jsonl"
+    torn = row("b.png", 2, "tw\u00f6").encode()
+    source.write_bytes("\n".join(lines).encode() + b"\n" + torn[:-4])
+    assert [(one.image.name, one.captions) for one in read_examples(source)] == [
+        ("a.jpg", ("a dog runs", "a dog")),
+        ("b.png", ("two people",)),
+        ("c.webp", ()),
+    ]
+    assert "answers.jsonl:6: not JSON" in caplog.text
+    source.write_text("\n".join([lines[0], "{", lines[1]]))
+    with pytest.raises(DataError, match=r"answers\.jsonl:2: not JSON"):
+        read_examples(source)
+
+
+def test_label_studio_s_tasks_are_a_data_set(pictures: Path) -> None:
+    def task(image: str, *texts: str) -> dict[str, object]:
+        result = [{"type": "textarea", "value": {"text": list(texts)}}] if texts else []
+        return {"data": {"image": image}, "annotations": [{"result": result}]}
+
+    tasks = [
+        task("/data/local-files/?d=a.jpg", *CAPTIONS["a.jpg"]),
+        task("b.png", *CAPTIONS["b.png"]),
+        task("c.webp"),
+    ]
+    source = pictures.parent / "tasks.json"
+    source.write_text(json.dumps(tasks), encoding="utf-8")
+    examples = read_examples(source)
+    assert {item.image.name: item.captions for item in examples} == CAPTIONS
+    assert describe(source, examples).startswith(f"{source}: read as Label Studio, 3 images")
+
+
 FAULTS = {
     "latin.csv": ("image,caption\na.jpg,a caf\xe9\n".encode("latin-1"), r":2: byte 0xe9 is not"),
     "latin.json": (b'{"images":\n["\xff"]}', r":2: byte 0xff is not UTF-8"),
@@ -169,6 +214,20 @@ FAULTS = {
         r":1: the column 'caption' is there twice",
     ),
     "half.jsonl": (b'{"image": "a.jpg", "caption": "\\ud83d"}\n', r":1: caption: .*surrogate"),
+    "twice.jsonl": (
+        b'{"image": "a.jpg", "text": "x", "text": "y"}\n',
+        r":1: the key 'text' is there",
+    ),
+    "twice.json": (
+        b'{"images": [],\n"images": []}',
+        r"twice\.json: the key 'images' is there twice",
+    ),
+    "deep.json": (b"[" * 100_000, r"deep\.json: nested too deeply"),
+    "nowhere.json": (b'[{"data": {"text": "x"}}]', r"task 0: data names no image"),
+    "unread.json": (
+        b'[{"data": {"image": "a.jpg"}, "annotations": [3]}]',
+        r"task 0: annotations is",
+    ),
     "prose.txt": (b"a.jpg\na dog runs\n", r":2: 'a dog runs' is not an image name"),
     "empty.csv": (b"", r"holds no images"),
     "model.pt": (b"", r"unknown format \.pt; give a folder"),

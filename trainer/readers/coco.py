@@ -1,13 +1,14 @@
-"""Readers of JSON documents: COCO captions, Karpathy's splits, a list of records."""
+"""Readers of JSON documents: COCO captions, Karpathy's splits, Label Studio, lists of records."""
 
-import json
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from trainer.errors import DataError
-from trainer.readers.row import Row, captions_of, read_text, row_of
+from trainer.readers.label_studio import is_tasks, read_tasks
+from trainer.readers.row import OnFault, Row, captions_of, parse_json, read_text, refuse, row_of
 
 
 class _CocoImage(BaseModel):
@@ -56,24 +57,30 @@ def _validate(model: type[_Model], document: object, path: Path, kind: str) -> _
         raise DataError(f"{path}: read as {kind}: {place.lstrip('.')}: {first['msg']}") from None
 
 
-def read_json(path: Path) -> tuple[str, list[Row]]:
+def read_json(path: Path, on_fault: OnFault = refuse) -> tuple[str, list[Row]]:
     """Returns the kind of a JSON document and its rows."""
-    try:
-        document = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    document = parse_json(read_text(path, on_fault), path)
+    if is_tasks(document):
+        tasks = read_tasks(document, path, on_fault)
+        return "Label Studio", [task.row for task in tasks]
     if isinstance(document, list):
-        return "JSON records", [
-            row_of(record, f"{path}: record {number}") for number, record in enumerate(document)
-        ]
+        return "JSON records", list(_read_records(document, path, on_fault))
     if isinstance(document, dict) and isinstance(document.get("images"), list):
         if "annotations" in document:
             return "COCO", _read_coco(_validate(_Coco, document, path, "COCO captions"), path)
         return "Karpathy", _read_karpathy(_validate(_Karpathy, document, path, "Karpathy"), path)
     raise DataError(
         f"{path}: neither COCO captions (images and annotations), Karpathy JSON (images with "
-        "sentences) nor a list of records"
+        "sentences), Label Studio's tasks nor a list of records"
     )
+
+
+def _read_records(document: list[object], path: Path, on_fault: OnFault) -> Iterator[Row]:
+    for number, record in enumerate(document):
+        try:
+            yield row_of(record, f"{path}: record {number}")
+        except DataError as fault:
+            on_fault(fault)
 
 
 def _read_coco(coco: _Coco, path: Path) -> list[Row]:

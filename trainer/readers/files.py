@@ -2,14 +2,28 @@
 
 import csv
 import io
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.errors import DataError
-from trainer.readers.row import IMAGE_KEYS, Row, find_key, read_text, row_of
+from trainer.readers.row import (
+    IMAGE_KEYS,
+    OnFault,
+    Row,
+    decoded,
+    find_key,
+    parse_json,
+    read_lines,
+    read_text,
+    refuse,
+    row_of,
+)
+
+if TYPE_CHECKING:
+    import _csv
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +56,20 @@ def read_folder(folder: Path) -> Iterator[Row]:
         )
 
 
-def read_list(path: Path) -> Iterator[Row]:
+def read_list(path: Path, on_fault: OnFault = refuse) -> Iterator[Row]:
     """Yields the images that a text file names, one a line."""
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path, on_fault).splitlines(), start=1):
         name, where = line.strip(), f"{path}:{number}"
         if not name:
             continue
         if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
-            raise DataError(
-                f"{where}: {name[:60]!r} is not an image name; a .txt data set holds one image "
-                "name a line, or a table whose first line names its columns (image,caption)"
+            on_fault(
+                DataError(
+                    f"{where}: {name[:60]!r} is not an image name; a .txt data set holds one image "
+                    "name a line, or a table whose first line names its columns (image,caption)"
+                )
             )
+            continue
         yield Row(name, (), None, "human", where)
 
 
@@ -66,45 +83,82 @@ def _delimiter(header: str) -> str:
     return max("\t,;|", key=header.count)
 
 
-def read_table(path: Path) -> Iterator[Row]:
-    """Yields the rows of a table whose first line names its columns."""
-    text = read_text(path)
+def read_table(path: Path, on_fault: OnFault = refuse) -> Iterator[Row]:
+    """Yields the rows of a table whose first line names its columns.
+
+    Raises:
+        DataError: The header names a column twice, which leaves no row readable.
+    """
+    text = read_text(path, on_fault)
     delimiter = _delimiter(text.partition("\n")[0])
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True
     )
-    try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        twice = [name for name, count in Counter(header).items() if count > 1]
-        if twice:
-            raise DataError(
-                f"{path}:1: the column {twice[0]!r} is there twice; number such columns, as in "
-                "caption_1, caption_2"
-            )
-        for cells in reader:
-            where = f"{path}:{reader.line_num}"
-            if not any(cells):
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{where}: {len(cells)} columns, but the header has {len(header)} "
-                    f"({', '.join(header)}); quote captions that hold {delimiter!r}"
-                )
-            yield row_of(dict(zip(header, cells, strict=True)), where)
-    except csv.Error as error:
+    header = [name.strip().lower() for name in next(_records(reader, path, on_fault), [])]
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
         raise DataError(
-            f"{path}:{reader.line_num}: {error}; inside a quoted field a quote is doubled"
-        ) from None
+            f"{path}:1: the column {twice[0]!r} is there twice; number such columns, as in "
+            "caption_1, caption_2"
+        )
+    for cells in _records(reader, path, on_fault):
+        if not any(cells):
+            continue
+        try:
+            yield _row_of_cells(header, cells, f"{path}:{reader.line_num}", delimiter)
+        except DataError as fault:
+            on_fault(fault)
 
 
-def read_jsonl(path: Path) -> Iterator[Row]:
-    """Yields the rows of a file that holds one JSON object a line."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+def _records(reader: "_csv.Reader", path: Path, on_fault: OnFault) -> Iterator[list[str]]:
+    """Yields the records that can be told apart; a faulty one ends with its line."""
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            where = f"{path}:{reader.line_num}"
+            on_fault(DataError(f"{where}: {error}; inside a quoted field a quote is doubled"))
+
+
+def _row_of_cells(header: list[str], cells: list[str], where: str, delimiter: str) -> Row:
+    if len(cells) != len(header):
+        raise DataError(
+            f"{where}: {len(cells)} columns, but the header has {len(header)} "
+            f"({', '.join(header)}); quote captions that hold {delimiter!r}"
+        )
+    return row_of(dict(zip(header, cells, strict=True)), where)
+
+
+def read_jsonl(path: Path, on_fault: OnFault = refuse) -> Iterator[Row]:
+    """Yields the rows of a file that holds one JSON object a line.
+
+    Of an image's answers (see `is_answer`) the last one counts, and half a line at the file's end
+    is what a process that was killed left behind: worth a warning, no fault.
+    """
+    answers: dict[str, Row] = {}
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
         if not line.strip():
             continue
-        where = f"{path}:{number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON ({error.msg}); one object a line") from None
-        yield row_of(record, where)
+            record = parse_json(decoded(line, where), path, number)
+            row = row_of(record, where)
+        except DataError as fault:
+            if answers and number == len(lines):
+                logger.warning("%s; left out, for its writing was cut off", fault)
+            else:
+                on_fault(fault)
+            continue
+        if is_answer(record):
+            answers[row.image] = row
+        else:
+            yield row
+    yield from answers.values()
+
+
+def is_answer(record: Mapping[str, object]) -> bool:
+    """Says whether a record is an answer given on the labelling page, newer ones below."""
+    return "action" in record and "revision" in record

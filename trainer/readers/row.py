@@ -1,12 +1,17 @@
 """The row that every reader produces, and how a record with named fields becomes one."""
 
+import codecs
+import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import DataError
 
+OnFault = Callable[[DataError], None]
+"""Told of each line that cannot be read; if it returns, reading goes on with the next one."""
 IMAGE_KEYS = (
     *("image", "file_name", "filename", "filepath", "file_path", "image_path", "image_file"),
     *("image_name", "path", "file", "img"),
@@ -35,16 +40,69 @@ class Row:
     where: str
 
 
-def read_text(path: Path) -> str:
-    """Returns a file's text; bytes that are not UTF-8 are named with their line."""
-    body = path.read_bytes()
+def refuse(fault: DataError) -> None:
+    """Raises the fault, so that a file is read whole or not at all."""
+    raise fault from None
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """Returns a file's lines as they are, without their ends and without a byte order mark."""
+    return path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+
+
+def decoded(line: bytes, where: str) -> str:
+    """Returns a line's text.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
     try:
-        return body.decode("utf-8-sig")
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = body.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}:{line}: byte 0x{body[error.start]:02x} is not UTF-8; save the file as UTF-8"
+            f"{where}: byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from None
+
+
+def read_text(path: Path, on_fault: OnFault = refuse) -> str:
+    """Returns a file's text; lines that are not UTF-8 are named, and blank in the text."""
+    lines = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            lines.append(decoded(line, f"{path}:{number}"))
+        except DataError as fault:
+            on_fault(fault)
+            lines.append("")  # the lines that follow keep their numbers
+    return "\n".join(lines)
+
+
+def parse_json(text: str, path: Path, line: int | None = None) -> Any:
+    """Returns the JSON document that a file, or line `line` of it, holds.
+
+    Raises:
+        DataError: It is none, or an object has a key twice, of which one value would be lost.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{line or error.lineno}: not JSON ({error.msg})") from None
+    except (_Repeated, RecursionError) as error:
+        reason = str(error) if isinstance(error, _Repeated) else "nested too deeply"
+        place = path if line is None else f"{path}:{line}"
+        raise DataError(f"{place}: {reason}") from None
+
+
+class _Repeated(Exception):
+    """An object has a key twice."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Repeated(f"the key {twice!r} is there twice in an object; make its values a list")
+    return found
 
 
 def find_key(names: Collection[str], wanted: tuple[str, ...]) -> str | None:

@@ -28,7 +28,7 @@ _TIMEOUT_S = 60
 
 @contextmanager
 def chromium(profile):
-    """Starts a Chromium with a fresh profile and yields its one page."""
+    """Starts a Chromium with a fresh profile and yields a page of it."""
     program = shutil.which("chromium")
     if program is None:
         pytest.fail("there is no Chromium here: apt-get install -y chromium")
@@ -44,8 +44,9 @@ def chromium(profile):
     )
     os.close(to_read[0])
     os.close(to_write[1])
+    pipe = _Pipe(commands=to_read[1], answers=to_write[0])
     try:
-        yield Page(commands=to_read[1], answers=to_write[0])
+        yield Page(pipe)
     finally:
         with suppress(BrokenPipeError):
             os.write(to_read[1], b'{"id": 0, "method": "Browser.close"}\0')
@@ -58,37 +59,69 @@ def chromium(profile):
         os.close(to_write[0])
 
 
-class Page:
-    """The tab, its requests and the errors of its console."""
+class _Pipe:
+    """What all pages of a Chromium are asked through; events go to the page that they are of."""
 
     def __init__(self, commands, answers):
         self._commands = commands
         self._answers = answers
         self._ids = count(1)
         self._buffer = b""
-        self._session = None
-        self.requests = []
-        self.errors = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "DOM", "Log"):
-            self.call(f"{domain}.enable")
-        self.resize(1100, 760)
+        self.pages = {}
 
-    def call(self, method, **params):
-        """Sends a command and returns its result; keeps the events that come before it."""
+    def ask(self, method, params, session=None):
+        """Sends a command and returns its result; passes on the events that come before it."""
         number = next(self._ids)
         message = {"id": number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
+        if session:
+            message["sessionId"] = session
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._receive()
             if answer.get("id") == number:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
-            self._note(answer)
+            if page := self.pages.get(answer.get("sessionId")):
+                page.note(answer)
+
+    def _receive(self):
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._answers], [], [], _TIMEOUT_S)
+            assert ready, "Chromium does not answer"
+            part = os.read(self._answers, 1 << 20)
+            assert part, "Chromium has ended"
+            self._buffer += part
+        message, _, self._buffer = self._buffer.partition(b"\0")
+        return json.loads(message)
+
+
+class Page:
+    """A tab, its requests and the errors of its console."""
+
+    def __init__(self, pipe):
+        self._pipe = pipe
+        self.requests = []
+        self.errors = []
+        self._target = pipe.ask("Target.createTarget", {"url": "about:blank"})["targetId"]
+        attached = pipe.ask("Target.attachToTarget", {"targetId": self._target, "flatten": True})
+        self._session = attached["sessionId"]
+        pipe.pages[self._session] = self
+        for domain in ("Page", "Runtime", "Network", "DOM", "Log"):
+            self.call(f"{domain}.enable")
+        self.resize(1100, 760)
+
+    def another(self):
+        """Returns a second page of the same Chromium."""
+        return Page(self._pipe)
+
+    def close(self):
+        """Closes the tab."""
+        del self._pipe.pages[self._session]
+        self._pipe.ask("Target.closeTarget", {"targetId": self._target})
+
+    def call(self, method, **params):
+        """Sends a command and returns its result."""
+        return self._pipe.ask(method, params, self._session)
 
     def evaluate(self, expression):
         """Returns the value of a JavaScript expression; a promise is waited for."""
@@ -137,11 +170,24 @@ class Page:
         node = self.call("DOM.querySelector", nodeId=document, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
+    def press(self, key):
+        """Presses a key by its name (`Enter`, `ArrowLeft`, `e`) and lets go."""
+        event = {"key": key, "text": {"Enter": "\r"}.get(key, key if len(key) == 1 else "")}
+        codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
+        event["windowsVirtualKeyCode"] = codes.get(key, ord(key[0].upper()))
+        self.call("Input.dispatchKeyEvent", type="keyDown", **event)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    def write(self, text):
+        """Puts a text where the caret is."""
+        self.call("Input.insertText", text=text)
+
     def screenshot(self, path):
         """Writes a PNG of the window."""
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
-    def _note(self, event):
+    def note(self, event):
+        """Keeps what an event says."""
         params = event.get("params", {})
         if event["method"] == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
@@ -149,13 +195,3 @@ class Page:
             self.errors.append(params["exceptionDetails"]["text"])
         elif event["method"] == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.errors.append(params["entry"]["text"])
-
-    def _receive(self):
-        while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._answers], [], [], _TIMEOUT_S)
-            assert ready, "Chromium does not answer"
-            part = os.read(self._answers, 1 << 20)
-            assert part, "Chromium has ended"
-            self._buffer += part
-        message, _, self._buffer = self._buffer.partition(b"\0")
-        return json.loads(message)
