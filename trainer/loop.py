@@ -113,6 +113,7 @@ class TrainingLoop:
         self._epoch_steps = batches // config.accumulate
         self.total = config.epochs * self._epoch_steps
         self._until = config.epochs if until is None else until
+        self.last = self._until * self._epoch_steps
         self.step = 0
 
     @property
@@ -124,8 +125,7 @@ class TrainingLoop:
         """Trains to the end, resuming where a checkpoint is."""
         if self.checkpoint.exists():
             self._load()
-        to_make = self._until * self._epoch_steps
-        with RunLog(worker_folder(self._folder), total=to_make, start=self.step) as log:
+        with RunLog(worker_folder(self._folder), total=self.last, start=self.step) as log:
             if self._evaluate_first and self.step == 0:
                 self._report(-1, log)
             for epoch in range(self.step // self._epoch_steps, self._until):

@@ -43,7 +43,7 @@ def recorded(
     begun = load_checkpoint(checkpoint)[1]["step"] if checkpoint.exists() else 0
     since = time.perf_counter()
     yield
-    elapsed, total = time.perf_counter() - since, loop.total
+    elapsed, total = time.perf_counter() - since, loop.last
     if rank():
         return
     counts: Counter[str] = Counter()

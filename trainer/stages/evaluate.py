@@ -5,6 +5,7 @@ a run has a matcher, retrieval and the AUC of matching are measured too.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
