@@ -12,6 +12,7 @@ from trainer.data import Example, check_apart
 from trainer.dataset import CaptionDataset
 from trainer.errors import ConfigError
 from trainer.loop import TrainingLoop, device_of
+from trainer.objectives._captioning import CaptioningConfig
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
 from trainer.run import (
@@ -56,6 +57,7 @@ def _train(config: Config, out_dir: Path) -> None:
     if config.start is not None:
         Run(config.start).load_into(captioner)
     module, objective_config = variants.parse("objectives", config.objective)
+    assert isinstance(objective_config, CaptioningConfig)
     size = (config.image.height, config.image.width)
     dataset = CaptionDataset(
         examples,
@@ -67,13 +69,15 @@ def _train(config: Config, out_dir: Path) -> None:
         seed=config.seed,
     )
     captioner.to(device_of(config.loop))
-    objective = module.Objective(objective_config, captioner, dataset)
+    objective = module.Objective(objective_config.kept(out_dir), captioner, dataset)
     if config.loop.accumulate > 1 and not objective.divisible:
         raise ConfigError(
             f"loop.accumulate = {config.loop.accumulate}, but {config.objective['name']!r} "
             "compares the images of a batch with each other: leave it out, and take as large a "
             "loop.batch_size as memory holds"
         )
+    evaluation = Evaluation(config, objective, tokenizer, held_out, out_dir) if held_out else None
+    hacking = None if evaluation is None else evaluation.hacking
     TrainingLoop(
         objective,
         objective.data(dataset),
@@ -81,7 +85,9 @@ def _train(config: Config, out_dir: Path) -> None:
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=Evaluation(config, objective, tokenizer, held_out) if held_out else None,
+        evaluate=evaluation,
+        evaluate_first=hacking is not None,
+        after_saving=None if hacking is None else hacking.keep,
     ).run()
 
 
