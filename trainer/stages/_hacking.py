@@ -5,6 +5,7 @@ figures that tell are compared with those before the first step, and a run that 
 ended with the best of its states in its folder.
 """
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -82,9 +83,9 @@ class HackingWatch:
             if now > then + budget + chance:
                 return name, now, then, then + budget + chance
         now, then = figures["dev/length"], before["dev/length"]
-        for bound in (then * (1 - self._budget.length), then * (1 + self._budget.length)):
-            if (now - bound) * (bound - then) > 0:
-                return "length", now, then, bound
+        most = self._budget.length * max(1.0, then)
+        if abs(now - then) > most:
+            return "length", now, then, then + math.copysign(most, now - then)
         return None
 
     def _restore(self) -> str:
