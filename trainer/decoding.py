@@ -12,7 +12,7 @@ The rules are those of `transformers`' `generate` with `early_stopping=False`:
 5. An image is done when K are finished and none alive could beat the worst of them as scored now.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -145,6 +145,32 @@ def sample(
         token_ids (B * C, T), `<bos>` ... `<eos>` and padding, the captions of an image together;
         lengths (B * C,), tokens without padding. One that is cut has no `<eos>`.
     """
+
+    def draw(logits: Tensor) -> Tensor:
+        weights = nucleus(logits.float().softmax(-1), top_p)
+        return torch.multinomial(weights, 1).squeeze(1)
+
+    return _continued(captioner, memory, captions, max_new_tokens, draw, prefix)
+
+
+@torch.no_grad()
+def greedy(captioner: Captioner, memory: Memory, *, max_new_tokens: int) -> tuple[Tensor, Tensor]:
+    """Returns each image's caption of the likeliest next tokens, (B, T), and lengths (B,).
+
+    As `sample` returns one caption an image.
+    """
+    return _continued(captioner, memory, 1, max_new_tokens, lambda logits: logits.argmax(-1))
+
+
+def _continued(
+    captioner: Captioner,
+    memory: Memory,
+    captions: int,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor],
+    prefix: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """Returns captions whose tokens are chosen one by one from logits (R, V)."""
     text, device = captioner.text, next(captioner.parameters()).device
     rows = memory.images * captions
     past = [empty.to(device) for empty in captioner.empty_cache(rows)]
@@ -157,8 +183,7 @@ def sample(
         if position < len(prefix):
             columns.append(torch.full_like(columns[0], prefix[position]))
             continue
-        weights = nucleus(logits.float().softmax(-1), top_p)
-        drawn = torch.multinomial(weights, 1).squeeze(1)
+        drawn = choose(logits)
         columns.append(drawn.masked_fill(ended, text.pad_id))
         ends = (drawn == text.eos_id) & ~ended
         lengths[ends] = position + 2

@@ -6,6 +6,7 @@ TrainerError
 ├── CheckpointError    a checkpoint is missing, damaged or of another run
 ├── DivergenceError    a loss is not a number: the message names the step and what is still good
 ├── CollapseError      captions are all alike: the message says whether images count
+├── RewardHackingError a reward rises while captions grow worse: the message names what grew
 ├── ParityError        an exported graph does not behave as the model it came from
 └── QuantisationError  nothing to calibrate integers on, or values that are not finite
 """
@@ -33,6 +34,10 @@ class DivergenceError(TrainerError):
 
 class CollapseError(TrainerError):
     """Captions are all alike, whatever the image."""
+
+
+class RewardHackingError(TrainerError):
+    """A reward is pleased by captions that nobody wants."""
 
 
 class ParityError(TrainerError):

@@ -72,6 +72,8 @@ class TrainingLoop:
         evaluate: called after an epoch with the kept weights in place; what it returns is logged.
         evaluate_first: also call it, with epoch -1, before the first step, as step 0 of the log.
         after_evaluation: called when that is in the log, the kept weights still in place.
+        after_saving: called when the state that was evaluated is in the checkpoint; with it, the
+            state before the first step is saved too, where that is evaluated.
         until: epochs to stop after; the schedule stays that of all of them.
     """
 
@@ -88,6 +90,7 @@ class TrainingLoop:
         evaluate_first: bool = False,
         after_evaluation: Callable[[], None] | None = None,
         until: int | None = None,
+        after_saving: Callable[[], None] | None = None,
     ) -> None:
         self._config, self._optim, self._seed, self._folder = config, optim, seed, folder
         self.device = device_of(config)
@@ -97,6 +100,7 @@ class TrainingLoop:
         synchronise_norms(self._objective)
         self._dataset, self._evaluate = dataset, evaluate
         self._evaluate_first, self._after_evaluation = evaluate_first, after_evaluation
+        self._after_saving = after_saving
         self._optimizer = build_optimizer(objective, optim)
         self._average = MovingAverage(objective, config.ema) if config.ema else None
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "fp16")
@@ -128,6 +132,9 @@ class TrainingLoop:
         with RunLog(worker_folder(self._folder), total=self.last, start=self.step) as log:
             if self._evaluate_first and self.step == 0:
                 self._report(-1, log)
+                if self._after_saving:
+                    self._save()
+                    self._after_saving()
             for epoch in range(self.step // self._epoch_steps, self._until):
                 self._objective.before_epoch(epoch)
                 self._epoch(epoch, log)
@@ -147,9 +154,12 @@ class TrainingLoop:
 
     def _finish_epoch(self, epoch: int, log: RunLog) -> None:
         last = epoch + 1 == self._until
-        if last or (epoch + 1) % self._config.evaluate_every == 0:
+        evaluates = last or (epoch + 1) % self._config.evaluate_every == 0
+        if evaluates:
             self._report(epoch, log)
         self._save()
+        if evaluates and self._after_saving:
+            self._after_saving()
 
     def _report(self, epoch: int, log: RunLog) -> None:
         if self._evaluate is None or rank():

@@ -42,5 +42,5 @@ def _most_typical(captions: tuple[str, ...], frequencies: cider.DocumentFrequenc
     if len(captions) == 1:
         return captions[0]
     others = [[*captions[:i], *captions[i + 1 :]] for i in range(len(captions))]
-    scorer = cider.CiderD(others, frequencies=frequencies)
-    return max(captions, key=lambda caption: scorer.score(captions.index(caption), caption))
+    scores = cider.CiderD(others, frequencies=frequencies).scores(range(len(captions)), captions)
+    return captions[int(scores.argmax())]

@@ -115,8 +115,7 @@ def tuned(
         for weight in sorted({*WEIGHTS, before}, key=lambda one: abs(one - before)):
             changed = reranking.model_copy(update={key: weight})
             best = reranked(lists, changed, evidence)
-            figures[weight] = sum(
-                scorer.score(image, decode(one.token_ids)) for image, one in enumerate(best)
-            )
+            captions = [decode(one.token_ids) for one in best]
+            figures[weight] = float(scorer.scores(range(len(best)), captions).sum())
         reranking = reranking.model_copy(update={key: max(figures, key=figures.__getitem__)})
     return reranking

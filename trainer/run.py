@@ -4,7 +4,9 @@
 - `tokenizer.json`, and `text.json`, its special ids and lengths;
 - `decoder.json`, the architecture of a decoder that began with a checkpoint of `transformers`; with
   it the checkpoint itself is needed no more;
-- `last.safetensors`: the whole state of the loop (see `trainer.checkpoint`);
+- `frequencies.safetensors`: a corpus's document frequencies, where rewards are weighed by them;
+- `last.safetensors`: the whole state of the loop (see `trainer.checkpoint`); of a run that is
+  watched for a gamed reward, `best.safetensors` is the best state so far;
 - `log.jsonl`: losses and figures by step; `tensorboard/`: the same as curves;
 - `learnt.json`, when it is done: who wrote what it learnt from, and how long it took.
 """
@@ -37,6 +39,7 @@ from trainer.tokenizer import train_tokenizer
 from trainer.transforms import Augment
 
 _ARCHITECTURE = "decoder.json"
+FREQUENCIES = "frequencies.safetensors"
 
 
 class Data(Config):
@@ -188,7 +191,7 @@ def _claim(config: Config, folder: Path, changeable: Any, state: str) -> None:
                 f"{new[table]}); choose another folder with --out, or remove this one"
             )
     else:
-        for name in ("text.json", _ARCHITECTURE):  # of a run that never saved
+        for name in ("text.json", _ARCHITECTURE, FREQUENCIES):  # of a run that never saved
             (folder / name).unlink(missing_ok=True)
     write_resolved(config, path)
 

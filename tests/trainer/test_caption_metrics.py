@@ -11,9 +11,10 @@ import pytest
 
 from trainer import variants
 from trainer.errors import DataError
-from trainer.metrics import bleu, cider, distinct, rouge
+from trainer.metrics import bad_endings, bleu, cider, distinct, length, repetition, rouge
+from trainer.metrics._hashes import count_ngrams, places_of
 from trainer.metrics._scores import Scores
-from trainer.metrics._words import words
+from trainer.metrics._words import ngrams, words
 
 REFERENCES = [
     ["a dog runs on the grass", "a brown dog is running in a field"],
@@ -93,6 +94,86 @@ def test_frozen_frequencies_make_scores_independent_of_the_corpus() -> None:
     assert _close(alone.corpus["CIDEr-D"], 5.325110)
     scorer = cider.CiderD(REFERENCES[1:], frequencies=frequencies)
     assert _close(scorer.score(0, CANDIDATES[1]), 3.611346)
+
+
+def slow_cider(references: list[list[str]], image: int, caption: str) -> float:
+    """The formula of the module, n-gram by n-gram."""
+
+    def vector(text: str, order: int) -> dict[tuple[str, ...], float]:
+        counts = ngrams(words(text), order)
+        having = {
+            one: sum(any(one in ngrams(words(r), order) for r in own) for own in references)
+            for one in counts
+        }
+        return {g: n * np.log(len(references) / max(1, having[g])) for g, n in counts.items()}
+
+    total = 0.0
+    for reference in references[image]:
+        apart = max(0, len(words(caption)) - 1) - max(0, len(words(reference)) - 1)
+        for order in (1, 2, 3, 4):
+            mine, theirs = vector(caption, order), vector(reference, order)
+            norms = [np.sqrt(sum(w * w for w in one.values())) for one in (mine, theirs)]
+            dot = sum(min(w, theirs.get(g, 0)) * theirs.get(g, 0) for g, w in mine.items())
+            total += np.exp(-(apart**2) / 72) * dot / np.prod(norms) if dot else 0.0
+    return 10 * total / 4 / len(references[image])
+
+
+def test_cider_of_many_at_once_is_that_of_each() -> None:
+    draw = random.Random(0)
+
+    def caption() -> str:
+        return " ".join(draw.choices("abcdefgh", (8, 4, 2, 2, 1, 1, 1, 1), k=draw.randint(0, 9)))
+
+    references = [[caption() for _ in range(draw.randint(1, 5))] for _ in range(12)]
+    scorer = cider.CiderD(references)
+    images = draw.choices(range(12), k=40)
+    # Words that no reference has, the same twice among them; captions that come again; no word.
+    captions = [f"{caption()} {draw.choice(['', 'x', 'x x', 'y z x y z'])}" for _ in range(38)]
+    captions += ["", captions[0]]
+    expected = [slow_cider(references, *pair) for pair in zip(images, captions, strict=True)]
+    assert np.allclose(scorer.scores(images, captions), expected, rtol=0, atol=1e-12)
+    alone = [scorer.score(*pair) for pair in zip(images, captions, strict=True)]
+    assert np.allclose(alone, expected, rtol=0, atol=1e-12)
+    assert max(expected) > 1
+
+
+def test_every_ngram_has_a_number_of_its_own() -> None:
+    """Words in another order, or nested: what a careless hash mixes up."""
+    captions = [one.split() for one in ("a b c d", "d c b a", "b a", "ab c", "a bc", "a a a a", "")]
+    found = count_ngrams(captions)
+    expected = {
+        (row, ngram): count
+        for row, tokens in enumerate(captions)
+        for order in (1, 2, 3, 4)
+        for ngram, count in ngrams(tokens, order).items()
+    }
+    distinct_ngrams = {ngram for _, ngram in expected}
+    assert len(found.numbers) == len(distinct_ngrams)
+    assert sorted(found.count.tolist()) == sorted(expected.values())
+    per_caption = np.bincount(found.caption, found.count, minlength=7).tolist()
+    assert per_caption == [10, 10, 3, 3, 3, 10, 0]
+    assert found.lengths.tolist() == [4, 4, 2, 2, 2, 4, 0]
+    _, known = places_of(count_ngrams([["b", "a"], ["q"]]).numbers, found.numbers)
+    assert known.sum() == 3 and len(known) == 4
+
+
+def test_captions_that_repeat_or_break_off_are_counted() -> None:
+    said = [
+        "A red, red bus.",
+        "a dog in the snow in the snow",
+        "a dog and a dog and a dog",
+        "a dog in the snow in the park",
+        "a man walks by",
+        "a man with a",
+        "two dogs and",
+        "",
+    ]
+    references = [["x"]] * len(said)
+    assert repetition.score(references, said).per_image[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    ends = bad_endings.score(references, said)
+    assert ends.per_image[:, 0].tolist() == [0, 0, 0, 0, 0, 1, 1, 0]
+    assert ends.corpus == {"bad endings": 0.25}
+    assert length.score(references, said).corpus == {"length": 39 / 8}
 
 
 def test_rouge_finds_the_longest_common_subsequence() -> None:

@@ -1,7 +1,9 @@
 """The tiny recipes: methods make an encoder worth more than a random one, objectives learn."""
 
 import csv
+import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from trainer import variants
 from trainer.__main__ import main
 from trainer.data import Example, read_examples, write_coco
 from trainer.runlog import read_log
-from trainer.stages import bootstrap, shapecaps
+from trainer.stages import bootstrap, evaluate, shapecaps
 
 RECIPES = Path("trainer/recipes/tiny")
 
@@ -68,16 +70,55 @@ def test_a_captioner_learns_to_tell_drawings_apart(
     assert found["dev/distinct"] > 0.2
 
 
-def finetuned(name: str, drawings: Path, folder: Path) -> dict[str, float]:
+def finetuned(name: str, drawings: Path, folder: Path, *changes: str) -> dict[str, float]:
     """Returns the last figures of a tiny recipe that is trained in `folder`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     train, dev = drawings / "captions_train.json", drawings / "captions_dev.json"
-    paths = [f"data.train={train}", f"data.dev={dev}"]
+    paths = [f"data.train={train}", f"data.dev={dev}", *changes]
     assert main(["finetune", str(RECIPES / f"{name}.toml"), "--out", str(folder), *paths]) == 0
     torch.set_num_threads(threads)
     rows = [row for row in read_log(folder) if any(name.startswith("dev/") for name in row)]
     return rows[-1]
+
+
+@pytest.mark.slow
+def test_rewards_make_captions_better_and_leave_them_whole(drawings: Path, tmp_path: Path) -> None:
+    finetuned("gpt2", drawings, tmp_path / "xe")
+    finetuned("scst", drawings, tmp_path / "rl", f"start={tmp_path / 'xe'}")
+    before, _ = greedily(tmp_path / "xe", drawings)
+    after, captions = greedily(tmp_path / "rl", drawings)
+    steps = max(row["step"] for row in read_log(tmp_path / "rl"))
+    assert steps <= 300 and after >= 1.05 * before, (steps, before, after)
+    valid = [VALID.fullmatch(caption) is not None for caption in captions]
+    assert sum(valid) >= 0.95 * len(valid), [text for text in captions if not VALID.fullmatch(text)]
+
+
+def greedily(run: Path, drawings: Path) -> tuple[float, list[str]]:
+    """Returns CIDEr-D on dev of the likeliest words, and the captions."""
+    table = {"model": run, "data": drawings / "captions_dev.json", "generation": {"num_beams": 1}}
+    evaluate.run(evaluate.Config.model_validate(table), run / "greedy")
+    figures = json.loads((run / "greedy/figures.json").read_text())["figures"]
+    assert {"repetition", "bad endings", "length"} <= figures.keys()
+    rows = (run / "greedy/captions.jsonl").read_text().splitlines()
+    return figures["CIDEr-D"][0], [json.loads(row)["caption"] for row in rows]
+
+
+def _grammar() -> re.Pattern[str]:
+    """What a caption of ShapeCaps may say, true or not."""
+    colours, shapes = "|".join(shapecaps.COLOURS), "|".join(shapecaps.SHAPES)
+    thing = f"(?:{colours}) (?:{shapes})"
+    parts = {
+        "first": thing,
+        "second": thing,
+        "relation": "|".join(shapecaps._RELATIONS),
+        "opposite": "|".join(shapecaps._RELATIONS.values()),
+    }
+    words = {name: f"(?:{part})" for name, part in parts.items()}
+    return re.compile("|".join(form.format(**words) for form in shapecaps._TEMPLATES))
+
+
+VALID = _grammar()
 
 
 @pytest.mark.slow

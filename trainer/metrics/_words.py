@@ -45,6 +45,15 @@ def ngrams(tokens: Sequence[str], order: int) -> Counter[Ngram]:
     return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
 
 
+def check_pairs(references: Sequence[Sequence[str]], candidates: Sequence[str]) -> None:
+    """Raises DataError unless there is one candidate for each of at least one image."""
+    if len(references) != len(candidates) or not candidates:
+        raise DataError(
+            f"{len(candidates)} candidate captions for {len(references)} images with references; "
+            "a metric needs one candidate for each image, and at least one image"
+        )
+
+
 def split_corpus(
     references: Sequence[Sequence[str]], candidates: Sequence[str]
 ) -> tuple[list[list[list[str]]], list[list[str]]]:
@@ -53,11 +62,7 @@ def split_corpus(
     Raises:
         DataError: No image, different lengths, or an image without a reference.
     """
-    if len(references) != len(candidates) or not candidates:
-        raise DataError(
-            f"{len(candidates)} candidate captions for {len(references)} images with references; "
-            "a metric needs one candidate for each image, and at least one image"
-        )
+    check_pairs(references, candidates)
     return split_references(references), [words(caption) for caption in candidates]
 
 

@@ -18,18 +18,19 @@ the formula gives 0 whatever the caption says; that is reported as nan with a wa
 
 import math
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.metrics._hashes import ORDERS, CountedNgrams, count_ngrams, places_of
 from trainer.metrics._scores import Scores, mean_scores
-from trainer.metrics._words import Ngram, ngrams, split_corpus, split_references, words
+from trainer.metrics._words import check_pairs, split_references, words
 
-ORDERS = (1, 2, 3, 4)
 SIGMA = 6.0
+_TINY = 1e-300
 
 
 class CorpusTooSmallWarning(UserWarning):
@@ -41,51 +42,52 @@ class DocumentFrequencies:
     """In how many images' references each n-gram occurs; fixed once made.
 
     Attributes:
-        counts: Images with the n-gram, for n = 1..4.
+        numbers: (k,) uint64, sorted: the n-grams, n = 1..4, as `_hashes` numbers them.
+        counts: (k,), images with the n-gram.
         images: Images counted.
     """
 
-    counts: Mapping[Ngram, int]
+    numbers: NDArray[np.uint64]
+    counts: NDArray[np.int64]
     images: int
 
     @classmethod
     def of(cls, references: Sequence[Sequence[str]]) -> "DocumentFrequencies":
-        """Returns the frequencies of a corpus of reference captions."""
-        return cls.of_words(split_references(references))
+        """Returns the frequencies of a corpus of reference captions.
+
+        Raises:
+            DataError: An image has no reference.
+        """
+        split = split_references(references)
+        return cls._counted(count_ngrams(_flat(split)), _owners(split), len(split))
 
     @classmethod
-    def of_words(cls, references: Iterable[Iterable[Sequence[str]]]) -> "DocumentFrequencies":
-        """Returns the frequencies of a corpus whose captions are split into words."""
-        counts: Counter[Ngram] = Counter()
-        images = 0
-        for group in references:
-            images += 1
-            seen: set[Ngram] = set()
-            for tokens in group:
-                for order in ORDERS:
-                    seen.update(zip(*(tokens[start:] for start in range(order)), strict=False))
-            counts.update(seen)
-        return cls(counts=counts, images=images)
+    def _counted(
+        cls, ngrams: CountedNgrams, owners: NDArray[np.int64], images: int
+    ) -> "DocumentFrequencies":
+        width = max(1, len(ngrams.numbers))
+        having = np.unique(owners[ngrams.caption] * width + ngrams.ngram)
+        counts = np.bincount(having % width, minlength=len(ngrams.numbers))
+        return cls(ngrams.numbers, counts.astype(np.int64), images)
 
     @property
     def informative(self) -> bool:
         """Whether some n-gram is in some images and not in others."""
-        return any(count < self.images for count in self.counts.values())
+        return bool((self.counts < self.images).any())
 
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """One image's references as vectors: `weights` maps an n-gram to (reference, weight) pairs."""
-
-    weights: dict[Ngram, list[tuple[int, float]]]
-    norms: list[list[float]]  # (references, 4)
-    lengths: list[int]
+    def idf(self, numbers: NDArray[np.uint64]) -> NDArray[np.float64]:
+        """Returns log(images / images with the n-gram) of n-grams."""
+        places, known = places_of(numbers, self.numbers)
+        counts = np.ones(len(numbers))
+        counts[known] = self.counts[places[known]]
+        found: NDArray[np.float64] = math.log(self.images) - np.log(counts)
+        return found
 
 
 class CiderD:
     """Scores captions against the references of fixed images, prepared once.
 
-    Made for rewards: a caption costs some tens of microseconds, however often it is asked.
+    Made for rewards: many captions at once cost some tens of microseconds each.
     """
 
     def __init__(
@@ -104,62 +106,79 @@ class CiderD:
             DataError: An image has no reference.
         """
         split = split_references(references)
-        self.frequencies = frequencies or DocumentFrequencies.of_words(split)
-        self._log_images = math.log(self.frequencies.images)
-        self._targets = [self._target(group) for group in split]
+        ngrams, owners = count_ngrams(_flat(split)), _owners(split)
+        self.frequencies = frequencies or DocumentFrequencies._counted(ngrams, owners, len(split))
+        self._numbers = ngrams.numbers
+        self._references = np.bincount(owners, minlength=len(split))
+        self._lengths = _bigrams(ngrams.lengths)
+        weights = ngrams.count * self.frequencies.idf(ngrams.numbers)[ngrams.ngram]
+        self._norms = _norms(ngrams, weights)
+        # Which references of an image have an n-gram, and with what weight: rows of one table,
+        # found by image and n-gram.
+        keys = owners[ngrams.caption] * len(self._numbers) + ngrams.ngram
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._starts = np.unique(keys[order], return_index=True)
+        self._ends = np.append(self._starts[1:], len(keys))
+        self._captions, self._weights = ngrams.caption[order], weights[order]
 
     def score(self, image: int, caption: str) -> float:
         """Returns the CIDEr-D of a caption for the image of this number, 0 to 10."""
-        return self.score_words(image, words(caption))
+        return float(self.scores([image], [caption])[0])
 
-    def score_words(self, image: int, tokens: Sequence[str]) -> float:
-        """Returns the CIDEr-D of a caption that is split into words already."""
-        target = self._targets[image]
-        found = [[0.0] * len(ORDERS) for _ in target.lengths]
-        norms = []
-        for place, order in enumerate(ORDERS):
-            square = 0.0
-            for ngram, weight in self._vector(tokens, order):
-                square += weight * weight
-                for reference, other in target.weights.get(ngram, ()):
-                    found[reference][place] += min(weight, other) * other
-            norms.append(math.sqrt(square))
-        length = _length(tokens)
-        total = 0.0
-        for products, others, other_length in zip(found, target.norms, target.lengths, strict=True):
-            cosines = sum(
-                product / (norm * other)
-                for product, norm, other in zip(products, norms, others, strict=True)
-                if product > 0
-            )
-            total += cosines * math.exp(-((length - other_length) ** 2) / (2 * SIGMA**2))
-        return 10 * total / (len(ORDERS) * len(target.lengths))
+    def scores(self, images: Sequence[int], captions: Sequence[str]) -> NDArray[np.float64]:
+        """Returns the CIDEr-D (m,) of m captions, each for the image of the number beside it."""
+        image = np.asarray(images, np.int64)
+        ngrams = count_ngrams([words(caption) for caption in captions])
+        weights = ngrams.count * self.frequencies.idf(ngrams.numbers)[ngrams.ngram]
+        norms = _norms(ngrams, weights)
+        places, known = places_of(ngrams.numbers, self._numbers)
+        keys = image[ngrams.caption] * len(self._numbers) + places[ngrams.ngram]
+        rows, shared = places_of(keys, self._keys)
+        mine, theirs = self._meetings(shared & known[ngrams.ngram], rows)
+        caption, place = ngrams.caption[mine], ngrams.place[mine]
+        reference, other = self._captions[theirs], self._weights[theirs]
+        product = np.minimum(weights[mine], other) * other
+        # No vector that shares something of weight is shorter than that; the rest is 0 of 0.
+        scale = np.maximum(norms[caption, place] * self._norms[reference, place], _TINY)
+        apart = _bigrams(ngrams.lengths)[caption] - self._lengths[reference]
+        near = np.exp(-(apart**2) / (2 * SIGMA**2))
+        totals = np.bincount(caption, product / scale * near, minlength=len(captions))
+        found: NDArray[np.float64] = 10 * totals / (len(ORDERS) * self._references[image])
+        return found
 
-    def _target(self, references: list[list[str]]) -> _Target:
-        weights: dict[Ngram, list[tuple[int, float]]] = {}
-        norms = []
-        for reference, tokens in enumerate(references):
-            squares = []
-            for order in ORDERS:
-                square = 0.0
-                for ngram, weight in self._vector(tokens, order):
-                    weights.setdefault(ngram, []).append((reference, weight))
-                    square += weight * weight
-                squares.append(math.sqrt(square))
-            norms.append(squares)
-        return _Target(weights, norms, [_length(tokens) for tokens in references])
-
-    def _vector(self, tokens: Sequence[str], order: int) -> list[tuple[Ngram, float]]:
-        """Returns the tf-idf weight of each n-gram of this order."""
-        counts, log_images = self.frequencies.counts, self._log_images
-        return [
-            (ngram, count * (log_images - math.log(counts.get(ngram, 1))))
-            for ngram, count in ngrams(tokens, order).items()
-        ]
+    def _meetings(
+        self, shared: NDArray[np.bool_], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns pairs of places: of an n-gram of a caption, and of the same in a reference."""
+        mine = np.flatnonzero(shared)
+        starts, ends = self._starts[rows[mine]], self._ends[rows[mine]]
+        counts = ends - starts
+        before = np.cumsum(counts) - counts
+        steps = np.arange(counts.sum()) - np.repeat(before, counts)
+        return np.repeat(mine, counts), np.repeat(starts, counts) + steps
 
 
-def _length(tokens: Sequence[str]) -> int:
-    return max(0, len(tokens) - 1)
+def _flat(references: Iterable[Iterable[list[str]]]) -> list[list[str]]:
+    return list(chain.from_iterable(references))
+
+
+def _owners(references: Sequence[Sequence[object]]) -> NDArray[np.int64]:
+    """Returns of every caption the image that it describes."""
+    return np.repeat(np.arange(len(references)), [len(group) for group in references])
+
+
+def _bigrams(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.maximum(0, lengths - 1)
+
+
+def _norms(ngrams: CountedNgrams, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the length of each caption's vector of each order, (m, 4)."""
+    squares = np.bincount(
+        ngrams.caption * len(ORDERS) + ngrams.place,
+        weights**2,
+        minlength=len(ngrams.lengths) * len(ORDERS),
+    )
+    return np.sqrt(squares).reshape(-1, len(ORDERS))
 
 
 def score(
@@ -178,7 +197,7 @@ def score(
     Raises:
         DataError: The two do not pair up, or an image has no reference.
     """
-    _, split_candidates = split_corpus(references, candidates)
+    check_pairs(references, candidates)
     scorer = CiderD(references, frequencies=frequencies)
     if not scorer.frequencies.informative:
         warnings.warn(
@@ -189,7 +208,4 @@ def score(
             stacklevel=2,
         )
         return mean_scores("CIDEr-D", np.full(len(candidates), np.nan))
-    values: NDArray[np.float64] = np.array(
-        [scorer.score_words(image, tokens) for image, tokens in enumerate(split_candidates)]
-    )
-    return mean_scores("CIDEr-D", values)
+    return mean_scores("CIDEr-D", scorer.scores(range(len(candidates)), candidates))

@@ -1,8 +1,10 @@
 """What the objectives on captioners share: their base, labels, and the cross-entropy."""
 
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +28,25 @@ class CaptioningConfig(BaseConfig):
     encoder_from_epoch: int = 0
     """The encoder trains from this epoch on (counted from 0); before it, it only encodes."""
 
+    def kept(self, folder: Path) -> Self:
+        """Returns the config as a run reads it: what must outlive its source is in its folder."""
+        del folder
+        return self
+
+
+class Budget(BaseConfig):
+    """How much worse captions of `data.dev` may grow while a reward rises.
+
+    Against what they were before the first step. Two captions more are put down to chance.
+    """
+
+    repetition: float = Field(default=0.05, ge=0)
+    """Share of captions that repeat themselves (see `trainer.metrics.repetition`)."""
+    bad_endings: float = Field(default=0.05, ge=0)
+    """Share of captions that break off (see `trainer.metrics.bad_endings`)."""
+    length: float = Field(default=0.5, ge=0)
+    """Change of the mean length, as a share of it, to either side."""
+
 
 class CaptioningObjective(Objective):
     """A loss on a captioner whose encoder keeps its normalisation statistics.
@@ -38,6 +59,7 @@ class CaptioningObjective(Objective):
         divisible: Whether the loss of a batch is the mean of its parts' losses, so that batches may
             be accumulated. Losses that compare the images of a batch are not.
         prompt_ids: What each caption is made to begin with, and is given when one is asked for.
+        budget: Of objectives that a captioner may please by captions that nobody wants.
     """
 
     captions: ClassVar[bool] = True
@@ -46,6 +68,7 @@ class CaptioningObjective(Objective):
     def __init__(self, config: CaptioningConfig, captioner: Captioner) -> None:
         super().__init__()
         self.prompt_ids: tuple[int, ...] = ()
+        self.budget: Budget | None = None
         self.captioner = captioner
         self._encoder_from = config.encoder_from_epoch
         freeze_prefixes(captioner, config.frozen)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,12 +13,13 @@ from exports.text import Tokenizer
 from trainer.data import Example
 from trainer.dataset import CaptionDataset, EpochSampler, padded
 from trainer.decoding import TorchSteps, best_hypotheses
-from trainer.metrics import bleu, cider, distinct
+from trainer.metrics import bad_endings, bleu, cider, distinct, length, repetition
 from trainer.objectives._captioning import CaptioningObjective, cross_entropy
 from trainer.photos import load_all
 from trainer.retrieval import Pairs, Reader, measure
 from trainer.run import Recipe
 from trainer.stages._collapse import PROBE, CollapseWatch
+from trainer.stages._hacking import HackingWatch
 from trainer.transforms import Augment, Transform
 
 
@@ -36,8 +38,12 @@ def captions_of(
 class Evaluation:
     """Measures after an epoch, on a fixed sample of `held_out`.
 
-    CIDEr-D, BLEU and the share of distinct captions for objectives that teach to caption; for
-    others their own figures. Where there is a matcher, how well it knows what belongs together.
+    CIDEr-D, BLEU, and how captions look (distinct, repetition, bad endings, length) for objectives
+    that teach to caption; for others their own figures. Where there is a matcher, how well it knows
+    what belongs together.
+
+    Attributes:
+        hacking: Of a run that is paid for its captions, what watches them.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class Evaluation:
         objective: CaptioningObjective,
         tokenizer: Tokenizer,
         held_out: Sequence[Example],
+        folder: Path,
     ) -> None:
         self._config, self._objective, self._tokenizer = config, objective, tokenizer
         count = min(config.data.dev_images, len(held_out))
@@ -53,12 +60,16 @@ class Evaluation:
         self._pixels = load_all(self._examples, config.image)
         self._captions = [example.captions for example in self._examples]
         self._watch = CollapseWatch(config.loop.epochs, self._cost_of_wrong_images)
+        self.hacking = (
+            None if objective.budget is None else HackingWatch(folder, objective.budget, count)
+        )
 
     def __call__(self, epoch: int) -> dict[str, float]:
         """Returns the figures by name.
 
         Raises:
             CollapseError: captions are all alike (see `CollapseWatch`).
+            RewardHackingError: a reward is gamed (see `HackingWatch`).
         """
         figures = self._of_captions(epoch) if self._objective.captions else self._of_objective()
         captioner = self._objective.captioner
@@ -66,7 +77,10 @@ class Evaluation:
             reader = Reader(captioner, self._tokenizer)
             for scores in measure(reader, Pairs(self._pixels, self._captions)):
                 figures |= scores.corpus
-        return {f"dev/{name}": value for name, value in figures.items()}
+        named = {f"dev/{name}": value for name, value in figures.items()}
+        if self.hacking is not None:
+            self.hacking.check(named)
+        return named
 
     def _of_captions(self, epoch: int) -> dict[str, float]:
         captions = captions_of(
@@ -74,7 +88,7 @@ class Evaluation:
         )
         self._watch.check(epoch, captions)
         found: dict[str, float] = {}
-        for metric in (cider, bleu, distinct):
+        for metric in (cider, bleu, distinct, repetition, bad_endings, length):
             found |= metric.score(self._captions, captions).corpus
         return found
 

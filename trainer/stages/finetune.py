@@ -13,6 +13,7 @@ from trainer.dataset import CaptionDataset
 from trainer.errors import ConfigError
 from trainer.loop import TrainingLoop, device_of
 from trainer.lora import adapt
+from trainer.objectives._captioning import CaptioningConfig
 from trainer.photos import load_all, read_captioned
 from trainer.run import Recipe as Config
 from trainer.run import (
@@ -59,14 +60,16 @@ def run(config: Config, out_dir: Path) -> None:
         until = None
         if config.folds is not None:
             until = chosen_epochs(config, examples, out_dir, train_fold)
-        _train(config, out_dir, examples, _evaluation(config, held_out), until)
+        _train(config, out_dir, examples, _evaluation(config, held_out, out_dir), until)
 
 
-def _evaluation(config: Config, held_out: list[Example]) -> Measure:
+def _evaluation(config: Config, held_out: list[Example], out_dir: Path) -> Measure:
     """Returns what measures a run on held-out images; nothing does where there are none."""
     if not held_out:
         return lambda objective, dataset: None
-    return lambda objective, dataset: Evaluation(config, objective, dataset.tokenizer, held_out)
+    return lambda objective, dataset: Evaluation(
+        config, objective, dataset.tokenizer, held_out, out_dir
+    )
 
 
 def _train(
@@ -81,6 +84,7 @@ def _train(
     if config.start is not None:
         Run(config.start).load_into(captioner)
     module, objective_config = variants.parse("objectives", config.objective)
+    assert isinstance(objective_config, CaptioningConfig)
     size = (config.image.height, config.image.width)
     dataset = CaptionDataset(
         examples,
@@ -94,7 +98,7 @@ def _train(
     if config.lora is not None:
         adapt(captioner, config.lora)
     captioner.to(device_of(config.loop))
-    objective = module.Objective(objective_config, captioner, dataset)
+    objective = module.Objective(objective_config.kept(out_dir), captioner, dataset)
     if config.loop.accumulate > 1 and not objective.divisible:
         raise ConfigError(
             f"loop.accumulate = {config.loop.accumulate}, but {config.objective['name']!r} "
@@ -111,6 +115,8 @@ def _train(
         # In this layout convolutions on a CPU take two thirds of the time.
         captioner.encoder.to(memory_format=torch.channels_last)
         dataset.encode(captioner.encoder.eval(), config.data.encoded_views)
+    evaluation = measure(objective, dataset)
+    hacking = evaluation.hacking if isinstance(evaluation, Evaluation) else None
     loop = TrainingLoop(
         objective,
         data,
@@ -118,7 +124,9 @@ def _train(
         optim=config.optim,
         seed=config.seed,
         folder=out_dir,
-        evaluate=measure(objective, dataset),
+        evaluate=evaluation,
+        evaluate_first=hacking is not None,
+        after_saving=None if hacking is None else hacking.keep,
         until=until,
     )
     with recorded(loop, out_dir, examples, captions=True):
