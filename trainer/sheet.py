@@ -18,7 +18,6 @@ from PIL import Image
 
 from trainer.errors import DataError
 from trainer.intervals import Interval
-from trainer.photos import load_thumbnail
 
 _LONG_SIDE = 256  # pixels of a thumbnail
 _QUALITY = 70
@@ -108,7 +107,7 @@ def _card(row: SheetRow) -> str:
     references = "".join(f"<li>{html.escape(text)}</li>" for text in row.references)
     cider = "" if row.cider_d is None else f"{row.cider_d:.6f}"
     score = "" if row.score is None else f"{row.score:.6f}"
-    width, height, source = _thumbnail(row.image)
+    width, height, source = thumbnail(row.image)
     return (
         f'<article class="card" data-cider="{cider}" data-score="{score}">'
         f'<img src="{source}" width="{width}" height="{height}" alt="{html.escape(row.caption)}">'
@@ -118,7 +117,7 @@ def _card(row: SheetRow) -> str:
     )
 
 
-def _thumbnail(path: Path) -> tuple[int, int, str]:
+def thumbnail(path: Path) -> tuple[int, int, str]:
     """Returns width, height and data URI of a small JPEG of the whole image."""
     pixels = load_thumbnail(path, _LONG_SIDE)
     body = io.BytesIO()
