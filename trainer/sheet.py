@@ -18,6 +18,7 @@ from PIL import Image
 
 from trainer.errors import DataError
 from trainer.intervals import Interval
+from trainer.photos import load_thumbnail
 
 _LONG_SIDE = 256  # pixels of a thumbnail
 _QUALITY = 70

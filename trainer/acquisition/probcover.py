@@ -87,8 +87,9 @@ class Acquisition(Base):
             rows = anchors[block]
             apart = distances(features[rows], features)
             needed[block] = np.partition(apart, share - 1, axis=1)[:, share - 1]
-            apart[labels[rows, None] == labels] = np.inf
-            pure[block] = apart.min(1)
+            others = labels[rows, None] != labels
+            nearest_other = np.where(others, apart, np.inf).min(1)
+            pure[block] = np.where(others.any(1), nearest_other, apart.max(1))
         return float(max(np.quantile(pure, 1 - self.config.purity), np.median(needed), 1e-6))
 
 

@@ -52,15 +52,9 @@ class Acquisition(Base):
         scores = np.array([disagreement(captions, frequencies) for captions in said])
         picks = []
         for best in np.argsort(-scores, kind="stable")[:count]:
-            reason = f"the captioner says both {_shown(said[best])}"
-            picks.append(
-                pool.pick(
-                    int(places[best]),
-                    method="uncertainty",
-                    score=float(scores[best]),
-                    reason=reason,
-                )
-            )
+            place, score = int(places[best]), float(scores[best])
+            reason = f"the captioner says {_shown(said[best])}"
+            picks.append(pool.pick(place, method="uncertainty", score=score, reason=reason))
         return picks
 
 
@@ -80,6 +74,6 @@ def disagreement(captions: list[str], frequencies: DocumentFrequencies) -> float
 
 
 def _shown(captions: list[str]) -> str:
-    """Returns the first caption and the first that differs from it, in quotes."""
-    other = next((one for one in captions if one != captions[0]), captions[0])
-    return f'"{captions[0]}" and "{other}"'
+    """Returns, in quotes, the first caption and one that differs from it, if there is one."""
+    other = next((one for one in captions if one != captions[0]), None)
+    return f'always "{captions[0]}"' if other is None else f'both "{captions[0]}" and "{other}"'
