@@ -67,9 +67,9 @@ def write_picks(
         DataError: An image cannot be decoded any more.
     """
     shown = rows[:limit]
-    extent = (
-        f"{len(rows)} images" if len(shown) == len(rows) else f"the first {limit} of {len(rows)}"
-    )
+    extent = f"{len(rows)} images"
+    if len(shown) < len(rows):
+        extent = f"the first {limit} of {extent}"
     template = Template(resources.files("trainer").joinpath("picks.html").read_text("utf-8"))
     page = template.substitute(
         title=html.escape(title),

@@ -177,24 +177,26 @@ def _figures(pool: Pool, images: int, picks: Sequence[Pick]) -> dict[str, Any]:
     places = {int(row): place for place, row in enumerate(pool.rows)}
     draw = np.random.default_rng(pool.seed)
     chance = draw.permutation(pool.open)[: len(picks)].tolist()
+    mean, largest = _distances(pool, [places[pick.row] for pick in picks])
+    mean_by_chance, largest_by_chance = _distances(pool, chance)
     return {
         "images": images,
         "near_duplicates": images - len(pool.rows),
         "labelled": int(pool.labelled.sum()),
         "picked": len(picks),
         "clusters": len(pool.clusters.sizes),
-        "distance_before": _distance(pool, []),
-        "distance": _distance(pool, [places[pick.row] for pick in picks]),
-        "distance_by_chance": _distance(pool, chance),
+        "mean_distance": mean,
+        "mean_distance_by_chance": mean_by_chance,
+        "largest_distance": largest,
+        "largest_distance_by_chance": largest_by_chance,
     }
 
 
-def _distance(pool: Pool, places: Sequence[int]) -> float | None:
-    """Returns the mean distance of an image to the nearest that is labelled or picked."""
-    known = pool.plus(places).labelled
-    if not known.any():
-        return None
-    return float(nearest(pool.features, pool.features[known])[1].mean())
+def _distances(pool: Pool, places: Sequence[int]) -> tuple[float, float]:
+    """Returns the mean and largest distance of an image to the nearest labelled or picked one."""
+    known = pool.features[pool.plus(places).labelled]
+    apart = nearest(pool.features, known)[1]
+    return float(apart.mean()), float(apart.max())
 
 
 def _write(config: Config, out_dir: Path, named: Sequence[Named], figures: dict[str, Any]) -> None:
@@ -203,7 +205,6 @@ def _write(config: Config, out_dir: Path, named: Sequence[Named], figures: dict[
     shown = {
         name.replace("_", " "): f"{value:.3f}" if isinstance(value, float) else str(value)
         for name, value in figures.items()
-        if value is not None
     }
     title = f"Label next: {config.images.name}"
     write_picks(out_dir / "picks.html", named, title, shown, limit=config.sheet_images)
@@ -212,8 +213,10 @@ def _write(config: Config, out_dir: Path, named: Sequence[Named], figures: dict[
         f"labelled, {figures['near_duplicates']} near-duplicates are set aside"
     )
     print(
-        f"mean distance of an image to the nearest labelled or picked: {figures['distance']:.3f}; "
-        f"with as many by chance {figures['distance_by_chance']:.3f}"
+        "distance of an image to the nearest labelled or picked: mean "
+        f"{figures['mean_distance']:.3f}, largest {figures['largest_distance']:.3f}; with as many "
+        f"by chance {figures['mean_distance_by_chance']:.3f} and "
+        f"{figures['largest_distance_by_chance']:.3f}"
     )
     print(f"wrote {out_dir}/picks.csv, picks.html and report.json")
 
