@@ -193,8 +193,7 @@ def test_the_encoder_of_a_run_is_the_run_s(photos: Path, model: Path, tmp_path: 
     acquire.run(config_of(photos, encoder=table), tmp_path / "table")
     assert rows_of(tmp_path / "run") == rows_of(tmp_path / "table")
     (one,), (other,) = ((tmp_path / n / "features").iterdir() for n in ("run", "table"))
-    first, second = (next(folder.iterdir()).read_bytes() for folder in (one, other))
-    assert first == second
+    assert one.name == other.name  # of the same encoder
     acquire.run(config_of(photos), tmp_path / "random")
     assert rows_of(tmp_path / "random") != rows_of(tmp_path / "run")
 
@@ -232,6 +231,7 @@ def test_what_cannot_be_is_refused_in_one_line(photos: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(error, match=message):
             acquire.run(config, out)
+    assert not (out / "picks.csv").exists()
     with FileLock(out / ".lock"), pytest.raises(CheckpointError, match="another process"):
         acquire.run(config_of(photos), out)
 

@@ -1,7 +1,7 @@
 """What every method of picking images is."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from trainer.acquisition._pool import Pick, Pool
 from trainer.errors import ConfigError, DataError
@@ -12,7 +12,12 @@ class Acquisition(ABC):
 
     Args:
         config: the file's `Config`.
+
+    Attributes:
+        asks: Whether the method cannot do without a captioner.
     """
+
+    asks: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config

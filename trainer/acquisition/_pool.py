@@ -134,10 +134,7 @@ class Pool:
             ConfigError: there is none.
         """
         if self.speaker is None:
-            raise ConfigError(
-                f"{method} asks a captioner, and there is none: set model to a run of `python -m "
-                "trainer finetune`, or take kcenter, typiclust or probcover"
-            )
+            raise no_captioner(method)
         return self.speaker
 
     def pick(self, place: int, *, method: str, score: float, reason: str) -> Pick:
@@ -145,3 +142,11 @@ class Pool:
         own = int(self.clusters.labels[place])
         found = typicality(self.features, np.array([place]), self.clusters.members(own))
         return Pick(int(self.rows[place]), method, own, float(found[0]), score, reason)
+
+
+def no_captioner(method: str) -> ConfigError:
+    """Returns what is to be said where a method asks a captioner that is not there."""
+    return ConfigError(
+        f"{method} asks a captioner, and there is none: set model to a run of `python -m trainer "
+        "finetune`, or take kcenter, typiclust or probcover"
+    )

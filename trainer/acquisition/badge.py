@@ -33,6 +33,8 @@ class Config(BaseConfig):
 class Acquisition(Base):
     """See the module. A pick's score is its gradient's distance to those picked before."""
 
+    asks = True
+
     def choose(self, pool: Pool, count: int) -> list[Pick]:
         """See `Base`."""
         speaker = pool.asked("badge")

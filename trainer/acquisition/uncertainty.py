@@ -38,6 +38,8 @@ class Config(BaseConfig):
 class Acquisition(Base):
     """See the module. A pick's score is the disagreement, from 0 to 1."""
 
+    asks = True
+
     def choose(self, pool: Pool, count: int) -> list[Pick]:
         """See `Base`."""
         config, speaker = self.config, pool.asked("uncertainty")

@@ -27,7 +27,7 @@ from pydantic import Field
 from exports.images import ImageSpec
 from trainer import variants
 from trainer.acquisition._distances import nearest
-from trainer.acquisition._pool import Pick, Pool
+from trainer.acquisition._pool import Pick, Pool, no_captioner
 from trainer.config import Config as BaseConfig
 from trainer.data import Example, image_roots, read_examples
 from trainer.errors import CheckpointError, ConfigError, DataError
@@ -82,14 +82,18 @@ def run(config: Config, out_dir: Path) -> None:
             "no encoder to compare images by: set encoder to a run of `python -m trainer pretrain` "
             "or `finetune`, or write an [encoder] table"
         )
+    # Before anything is encoded, which may take an hour.
+    if module.Acquisition.asks and config.model is None:
+        raise no_captioner(config.method["name"])
+    model = Run(config.model) if config.model is not None else None
     images = _read(config)
     with _alone_in(out_dir):
         encoder = open_encoder(source, config.image, seed=config.seed)
         store = FeatureStore(out_dir, encoder.module, encoder.table, encoder.image)
         encoded = store.encode(images.examples)
         speaker = None
-        if config.model is not None:
-            speaker = RunSpeaker(Run(config.model), encoded.examples, seed=config.seed)
+        if model is not None:
+            speaker = RunSpeaker(model, encoded.examples, seed=config.seed)
         pool = _pool(config, images, encoded, speaker)
         picks = module.Acquisition(method_config).pick(pool, config.count)
         proposals = speaker.best([pick.row for pick in picks]) if speaker else [""] * len(picks)
@@ -107,7 +111,6 @@ class _Images:
 
     examples: list[Example]
     labelled: frozenset[Path]
-    outside: frozenset[Path]
     root: Path
 
     def name_of(self, example: Example) -> str:
@@ -121,7 +124,7 @@ def _read(config: Config) -> _Images:
     examples = {one.image.resolve(): one for one in reversed(found)}
     examples = dict(reversed(examples.items()))
     root = _root(config, found)
-    labelled, outside = _captioned(found), set()
+    labelled = _captioned(found)
     for path in config.labelled:
         own = read_examples(path, images=None if path.is_dir() else root)
         captioned = _captioned(own)
@@ -134,10 +137,9 @@ def _read(config: Config) -> _Images:
                 f"among {config.images}, such as {foreign[0].image}; they count as labelled, where "
                 "they exist"
             )
-        outside |= {one.image.resolve() for one in foreign}
         examples |= {one.image.resolve(): one for one in foreign}
         labelled |= captioned
-    return _Images(list(examples.values()), frozenset(labelled), frozenset(outside), root)
+    return _Images(list(examples.values()), frozenset(labelled), root)
 
 
 def _root(config: Config, examples: Sequence[Example]) -> Path:

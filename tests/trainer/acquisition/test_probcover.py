@@ -12,20 +12,21 @@ from trainer.errors import ConfigError
 @pytest.mark.parametrize("labelled", [(), (0, 7)])
 def test_it_covers_greedily(labelled: tuple[int, ...]) -> None:
     for seed in range(5):
-        features = some_features(40, width=3, seed=seed)
+        features = some_features(90, width=3, seed=seed)
         apart = np.linalg.norm(features[:, None] - features[None], axis=2)
-        waiting = {i for i in range(40) if all(apart[i, known] > 0.6 for known in labelled)}
-        expected = []
-        while len(expected) < 5 and waiting:
+        waiting = {i for i in range(90) if all(apart[i, known] > 0.8 for known in labelled)}
+        expected: list[int] = []
+        while len(expected) < 8 and waiting:
             gains = [
-                -1 if i in (*labelled, *expected) else sum(apart[i, j] <= 0.6 for j in waiting)
-                for i in range(40)
+                -1 if i in (*labelled, *expected) else sum(apart[i, j] <= 0.8 for j in waiting)
+                for i in range(90)
             ]
             expected.append(int(np.argmax(gains)))
-            waiting -= {j for j in waiting if apart[expected[-1], j] <= 0.6}
+            waiting -= {j for j in waiting if apart[expected[-1], j] <= 0.8}
         pool = make_pool(features, labelled=labelled)
-        picks = acquisition("probcover", delta=0.6).pick(pool, 5)
+        picks = acquisition("probcover", delta=0.8).pick(pool, 8)
         assert [pick.row for pick in picks][: len(expected)] == expected
+        assert len(expected) > 4
 
 
 def test_what_is_covered_is_covered_again() -> None:
