@@ -1,7 +1,7 @@
 """Held-out splits: deterministic, stable as a collection grows, near-duplicates never parted."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from trainer.photos import Fingerprint, scan_images
 # cropped away differ in at most 16 bits nine times of ten; among 6,000 photographs no two
 # different ones are within 20.
 NEAR_DUPLICATE = 16
-_ROWS_AT_ONCE = 1024  # keeps the block of the distance matrix at a few tens of megabytes
+_TILE = (512, 4096)  # of the distance matrix at a time: 8 megabytes, which a cache holds
 
 
 def split_examples(
@@ -129,25 +129,29 @@ def duplicate_groups(
     packed = np.frombuffer(b"".join(looks.values()), np.uint8).reshape(len(paths), -1)
     signs = np.unpackbits(packed, axis=1).astype(np.float32) * 2 - 1  # (n, bits)
     parents = list(range(len(paths)))
-    for start in range(0, len(paths), _ROWS_AT_ONCE):
-        for first, second in _near_pairs(signs, start, distance):
-            parents[_root(parents, first)] = _root(parents, second)
+    for first, second in _near_pairs(signs, distance):
+        parents[_root(parents, first)] = _root(parents, second)
     groups: dict[int, list[Path]] = {}
     for number, path in enumerate(paths):
         groups.setdefault(_root(parents, number), []).append(path)
     return list(groups.values())
 
 
-def _near_pairs(signs: NDArray[np.float32], start: int, distance: int) -> list[tuple[int, int]]:
-    """Returns pairs (row of this block, later row) within the Hamming distance."""
-    block = signs[start : start + _ROWS_AT_ONCE]
-    differing = (signs.shape[1] - block @ signs[start:].T) / 2
-    rows, columns = np.nonzero(differing <= distance)
-    return [
-        (start + int(row), start + int(column))
-        for row, column in zip(rows, columns, strict=True)
-        if column > row
-    ]
+def _near_pairs(signs: NDArray[np.float32], distance: int) -> Iterator[tuple[int, int]]:
+    """Yields pairs (row, later row) within the Hamming distance."""
+    least = signs.shape[1] - 2 * distance  # bits that agree, less those that differ
+    height, width = _TILE
+    tile = np.empty(_TILE, np.float32)
+    for top in range(0, len(signs), height):
+        block = signs[top : top + height]
+        for left in range(top, len(signs), width):
+            others = signs[left : left + width]
+            found = np.matmul(block, others.T, out=tile[: len(block), : len(others)])
+            if found.max() < least:
+                continue
+            for row, column in np.argwhere(found >= least).tolist():
+                if left + column > top + row:
+                    yield top + row, left + column
 
 
 def _root(parents: list[int], node: int) -> int:

@@ -36,6 +36,8 @@ class Answer(BaseModel):
         action: A proposal was accepted, a caption was written or changed, no (further) caption was
             given, all were taken away, or they come from another label file.
         proposal: Number of the accepted proposal, from 1.
+        proposals: What the model had proposed; those that are not among the captions were turned
+            down.
         revision: 1 for an image's first answer, then one more each time.
         seconds: Spent looking at the image.
         when: ISO 8601, UTC.
@@ -48,6 +50,7 @@ class Answer(BaseModel):
     captions: tuple[str, ...]
     action: Action
     proposal: int | None = None
+    proposals: tuple[str, ...] = ()
     revision: int = Field(ge=1)
     seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     when: str
