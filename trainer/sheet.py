@@ -108,7 +108,7 @@ def _card(row: SheetRow) -> str:
     references = "".join(f"<li>{html.escape(text)}</li>" for text in row.references)
     cider = "" if row.cider_d is None else f"{row.cider_d:.6f}"
     score = "" if row.score is None else f"{row.score:.6f}"
-    width, height, source = _thumbnail(row.image)
+    width, height, source = thumbnail(row.image)
     return (
         f'<article class="card" data-cider="{cider}" data-score="{score}">'
         f'<img src="{source}" width="{width}" height="{height}" alt="{html.escape(row.caption)}">'
@@ -118,7 +118,7 @@ def _card(row: SheetRow) -> str:
     )
 
 
-def _thumbnail(path: Path) -> tuple[int, int, str]:
+def thumbnail(path: Path) -> tuple[int, int, str]:
     """Returns width, height and data URI of a small JPEG of the whole image."""
     pixels = load_thumbnail(path, _LONG_SIDE)
     body = io.BytesIO()
