@@ -257,7 +257,7 @@ def _samples(comparison: Comparison) -> str:
         width, height, source = thumbnail(sample.image)
         lines = {"a person": sample.reference, **sample.captions}
         said = "".join(
-            f"<dt>{html.escape(who)}</dt><dd>{html.escape(text) or '(no words)'}</dd>"
+            f"<dt>{html.escape(who)}</dt><dd>{html.escape(_printable(text)) or '(no words)'}</dd>"
             for who, text in lines.items()
         )
         rows.append(
@@ -269,6 +269,11 @@ def _samples(comparison: Comparison) -> str:
         f"<h2>What they say, with seed {seed}</h2>\n"
         f'<div class="card"><table>\n<tbody>\n{"".join(rows)}\n</tbody>\n</table></div>'
     )
+
+
+def _printable(text: str) -> str:
+    """Returns text without control characters, which a captioner of little training may say."""
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def _budgets(name: str, arm: ArmFigures) -> str:

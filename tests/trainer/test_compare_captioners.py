@@ -24,6 +24,15 @@ SUPERVISED = {"steps": [LM]}
 BOTH = {"steps": [{**BLIP, "optim": {"lr": 5e-3}}, {**LM, "optimizer_steps": 3}]}
 
 
+BOOTSTRAP = {
+    "stage": "bootstrap",
+    "captioner": "{supervised}",
+    "filter": "{both}",
+    "threshold": 0.0,
+}
+PSEUDO = {"steps": [BOOTSTRAP, {**LM, "data": {"train": "{1}/captions.csv"}}]}
+
+
 @pytest.fixture(scope="module")
 def labelled(shapes: Path, tmp_path_factory) -> Path:
     """Captions of sixteen of the drawings."""
@@ -33,25 +42,12 @@ def labelled(shapes: Path, tmp_path_factory) -> Path:
     return path
 
 
-def pseudo(shapes: Path, labelled: Path) -> dict[str, Any]:
-    """An arm that learns from captions of an earlier arm's captioner."""
-    images = {"images": str(shapes / "images")}
-    step = {
-        "stage": "bootstrap",
-        "captioner": "{supervised}",
-        "filter": "{both}",
-        "labelled": {"data": str(labelled), **images},
-        "unlabelled": {"data": str(shapes / "captions_train.json")},
-        "threshold": 0.0,
-    }
-    return {"steps": [step, {**LM, "data": {"train": "{1}/captions.csv"}}]}
-
-
 def recipe(shapes: Path, labelled: Path, **changes: Any) -> compare.Config:
     table = {
         "seeds": [0, 1],
         "data": {"train": labelled, "images": shapes / "images", "encoded_views": 1},
         "dev": {"data": shapes / "captions_dev.json"},
+        "unlabelled": {"data": shapes / "captions_train.json"},
         "image": {"height": 32, "width": 32},
         "tokenizer": {"vocab_size": 300},
         "encoder": VIT,
@@ -61,7 +57,7 @@ def recipe(shapes: Path, labelled: Path, **changes: Any) -> compare.Config:
         "objective": {"frozen": ["encoder"]},
         "loop": {"epochs": 2, "batch_size": 8, "workers": 0},
         "generation": {"num_beams": 2, "max_new_tokens": 8},
-        "arms": {"supervised": SUPERVISED, "both": BOTH, "pseudo": pseudo(shapes, labelled)},
+        "arms": {"supervised": SUPERVISED, "both": BOTH, "pseudo": PSEUDO},
     }
     for key, value in changes.items():
         merged = isinstance(value, dict) and key != "arms"
@@ -108,8 +104,13 @@ def test_what_was_spent_is_told_step_by_step(folder: Path) -> None:
     assert budget == {"images": 16, "epochs": 2, "batch_size": 8, "steps": 4}
     assert [one["steps"] for one in arms["both"]["runs"][0]["budget"].values()] == [4, 4]
     captioned, learnt = arms["pseudo"]["runs"][0]["budget"].values()
-    assert captioned["steps"] == 0 and captioned["images"] == learnt["images"] == 48
-    assert learnt["steps"] == 12  # two epochs of six
+    assert captioned["steps"] == 0 and 40 < captioned["images"] == learnt["images"] <= 48
+    assert learnt["steps"] == 2 * (learnt["images"] // 8)
+
+
+def printable(caption: str) -> str:
+    shown = (one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in caption)
+    return "".join(shown) or "(no words)"
 
 
 def test_the_page_shows_what_the_arms_say(folder: Path) -> None:
@@ -117,7 +118,7 @@ def test_the_page_shows_what_the_arms_say(folder: Path) -> None:
     page = ElementTree.fromstring(text.removeprefix("<!doctype html>"))
     said = json.loads((folder / "both/0/2/captions.json").read_text())["captions"]
     terms = [["".join(part.itertext()) for part in row] for row in page.findall(".//dl")]
-    assert [row[5] for row in terms] == [caption or "(no words)" for caption in said[::2]]
+    assert [row[5] for row in terms] == [printable(caption) for caption in said[::2]]
     assert [row[0::2] for row in terms[:1]] == [["a person", "supervised", "both", "pseudo"]]
     pictures = [image.get("src", "")[:23] for image in page.findall(".//img")]
     assert pictures == ["data:image/jpeg;base64,"] * 8
@@ -129,19 +130,12 @@ def test_the_same_recipe_gives_the_same_numbers(
     shapes: Path, labelled: Path, folder: Path, tmp_path: Path
 ) -> None:
     arms = {"supervised": SUPERVISED, "both": BOTH}
-    compare.run(recipe(shapes, labelled, arms=arms), tmp_path)
+    compare.run(recipe(shapes, labelled, arms=arms, seeds=[1]), tmp_path)
     first, again = numbers(folder)["arms"], numbers(tmp_path)["arms"]
     for name in arms:
-        for one, other in zip(first[name]["runs"], again[name]["runs"], strict=True):
-            assert one["cider_d_per_image"] == other["cider_d_per_image"]
-    assert first["both"]["difference"] == again["both"]["difference"]
-
-
-def test_the_same_arm_twice_is_no_difference(shapes: Path, labelled: Path, tmp_path: Path) -> None:
-    arms = {"one": SUPERVISED, "same": SUPERVISED}
-    compare.run(recipe(shapes, labelled, arms=arms), tmp_path)
-    found = numbers(tmp_path)["arms"]["same"]
-    assert found["difference"] == {"value": 0, "low": 0, "high": 0} and found["p_value"] == 1
+        one, other = first[name]["runs"][1], again[name]["runs"][0]
+        assert one["cider_d_per_image"] == other["cider_d_per_image"]
+        assert one["after"] == other["after"]
 
 
 def test_a_killed_comparison_goes_on_where_it_was(
@@ -177,19 +171,23 @@ def test_a_killed_comparison_goes_on_where_it_was(
     compare.run(config, tmp_path)
 
 
-def test_other_beams_are_asked_without_training_again(
+def test_the_same_arm_twice_is_no_difference_and_other_beams_need_no_training(
     shapes: Path, labelled: Path, tmp_path: Path
 ) -> None:
-    arms = {"one": SUPERVISED, "same": SUPERVISED}
-    compare.run(recipe(shapes, labelled, arms=arms, seeds=[0]), tmp_path)
+    tables = {"arms": {"one": SUPERVISED, "same": SUPERVISED}, "seeds": [0], "dev": {"first": 5}}
+    compare.run(recipe(shapes, labelled, **tables), tmp_path)
+    found = numbers(tmp_path)["arms"]
+    assert found["same"]["difference"] == {"value": 0, "low": 0, "high": 0}
+    assert found["same"]["p_value"] == 1
+    assert len(found["one"]["runs"][0]["cider_d_per_image"]) == 5
     weights = tmp_path / "one/0/1/last.safetensors"
-    before = weights.stat().st_mtime_ns, numbers(tmp_path)["arms"]["one"]["runs"][0]["budget"]
+    before = weights.stat().st_mtime_ns, found["one"]["runs"][0]["budget"]
     generation = {"num_beams": 1, "max_new_tokens": 3}
-    compare.run(recipe(shapes, labelled, arms=arms, seeds=[0], generation=generation), tmp_path)
+    compare.run(recipe(shapes, labelled, **tables, generation=generation), tmp_path)
     said = json.loads((tmp_path / "one/0/1/captions.json").read_text())
     assert said["generation"]["max_new_tokens"] == 3
-    after = weights.stat().st_mtime_ns, numbers(tmp_path)["arms"]["one"]["runs"][0]["budget"]
-    assert after == before
+    after = numbers(tmp_path)["arms"]["one"]["runs"][0]["budget"]
+    assert (weights.stat().st_mtime_ns, after) == before
 
 
 def test_a_run_of_another_recipe_or_of_other_images_is_not_taken_over(
@@ -217,6 +215,8 @@ def test_a_step_lays_its_keys_over_the_shared_tables_and_begins_where_the_last_o
     captions, third = (step.config for step in steps(config, "pseudo", 7))
     assert captions.captioner == Path("runs/x/supervised/7/1") and captions.seed == 7
     assert captions.filter == Path("runs/x/both/7/2")
+    assert captions.labelled.data == labelled and captions.labelled.images == shapes / "images"
+    assert captions.unlabelled.data == shapes / "captions_train.json"
     assert third.start is None and third.data.train == Path("runs/x/pseudo/7/1/captions.csv")
     assert third.data.images == shapes / "images"
 
@@ -272,26 +272,24 @@ def test_a_recipe_that_compares_nothing_is_refused(
 def test_dev_may_not_be_learnt_from(
     shapes: Path, labelled: Path, tmp_path: Path, table: str
 ) -> None:
-    arm, dev = pseudo(shapes, labelled), shapes / "captions_dev.json"
+    dev = {"data": str(shapes / "captions_dev.json")}
     if table == "data":
-        arm["steps"].append({**LM, "data": {"train": str(dev)}})
+        first = {**LM, "data": {"train": dev["data"]}}
     else:
-        arm["steps"][0][table] = {"data": str(dev)}
+        first = {**BOOTSTRAP, table: {**dev, "images": None}}
+    arm = {"steps": [first, LM]}
     arms = {"supervised": SUPERVISED, "both": BOTH, "arm": arm}
     with pytest.raises(DataError, match=r"16 images are in both .*dev\.json \(arms\.arm\) and dev"):
         compare.run(recipe(shapes, labelled, arms=arms), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_first_images_of_dev_are_captioned(
+def test_captions_that_say_nothing_of_an_image_decide_nothing(
     shapes: Path, labelled: Path, tmp_path: Path
 ) -> None:
-    arms = {"a": SUPERVISED, "b": SUPERVISED}
-    config = recipe(shapes, labelled, arms=arms, seeds=[0], dev={"first": 5})
-    compare.run(config, tmp_path)
-    assert len(numbers(tmp_path)["arms"]["a"]["runs"][0]["cider_d_per_image"]) == 5
-    alike = [Example(one.image, ("a dog",), None) for one in read_examples(labelled)[:3]]
+    dev = read_examples(shapes / "captions_dev.json")[:3]
+    alike = [Example(one.image, ("a dog",), None) for one in dev]
     write_coco(alike, tmp_path / "alike.json")
-    config = recipe(shapes, labelled, arms=arms, dev={"data": tmp_path / "alike.json"})
+    config = recipe(shapes, labelled, dev={"data": tmp_path / "alike.json"})
     with pytest.raises(DataError, match=r"alike\.json: CIDEr-D says nothing of its 3 captioned"):
-        compare.run(config, tmp_path / "other")
+        compare.run(config, tmp_path / "out")

@@ -31,6 +31,7 @@ from trainer.stages._arms import (
     check_informative,
 )
 from trainer.stages._steps import Step, read_step, with_folders
+from trainer.stages.bootstrap import Source
 
 CAPTIONS = "captions.json"
 _SAMPLES = 8  # images of the page
@@ -51,12 +52,27 @@ class Config(ArmsConfig):
 
     dev: Dev
     data: Data
+    unlabelled: Source | None = None
+    """Images that `bootstrap` captions; what is labelled is `data.train`."""
     encoder: dict[str, Any]
     bridge: dict[str, Any]
     decoder: dict[str, Any]
     objective: dict[str, Any] = Field(default_factory=dict)
     matcher: MatcherConfig | None = None
     generation: Generation = Field(default_factory=Generation)
+
+    @property
+    def shared(self) -> dict[str, dict[str, Any]]:
+        """The tables that steps lay theirs over, by stage."""
+        data, unlabelled = self.data, self.unlabelled
+        labelled = Source(data=data.train, images=data.images, split=data.train_split)
+        return {
+            "finetune": self.model_dump(include=set(Recipe.model_fields)),
+            "bootstrap": {
+                "labelled": labelled.model_dump(),
+                "unlabelled": unlabelled and unlabelled.model_dump(),
+            },
+        }
 
 
 class Said(BaseConfig):
@@ -152,7 +168,7 @@ class CaptionerBench(Bench):
         """
         config, steps = self.config, list[Step]()
         arm, folder = validate(Arm, config.arms[name], f"arms.{name}"), self.folder_of(name, seed)
-        shared, known = config.model_dump(include=set(Recipe.model_fields)), self._ends(name, seed)
+        shared, known = config.shared, self._ends(name, seed)
         for number, table in enumerate(arm.steps, 1):
             where, own = f"arms.{name}, step {number}", folder / str(number)
             table = with_folders(table, known, where)

@@ -1,9 +1,9 @@
 """Steps that make a captioner one after the other, each in a folder of its own.
 
-A step is a recipe of `finetune` laid over tables that all steps share, and begins with the weights
-of the finetuning before it. `optimizer_steps = N` trains it for as many epochs as come nearest to N
-steps, however many images there are. With `stage = "bootstrap"` (or another verb) it is a recipe of
-that stage, which shares nothing but the seed.
+A step is a recipe of `finetune`, or of the verb that its key `stage` names, laid over the tables
+that all steps of that stage share. A finetuning begins with the weights of the one before it;
+`optimizer_steps = N` trains it for as many epochs as come nearest to N steps, however many images
+there are.
 """
 
 import json
@@ -98,7 +98,7 @@ class Step:
 
 def read_step(
     table: Mapping[str, Any],
-    shared: Mapping[str, Any],
+    shared: Mapping[str, Mapping[str, Any]],
     before: Sequence[Step],
     *,
     seed: int,
@@ -109,7 +109,7 @@ def read_step(
 
     Args:
         table: of the step.
-        shared: tables of `finetune`, which those of the step are laid over.
+        shared: by stage, the tables that those of the step are laid over.
         before: the steps that come before.
         seed: of the run.
         folder: where it runs.
@@ -120,20 +120,20 @@ def read_step(
     """
     own = dict(table)
     stage = own.pop("stage", "finetune")
-    model = variants.load("stages", stage).Config
-    if model is not Recipe:
-        given = {"seed": seed} if "seed" in model.model_fields else {}
-        return Step(stage, validate(model, given | own, where), folder, Length())
-    keys = {key: own.pop(key) for key in Length.model_fields if key in own}
-    start = next((step.folder for step in reversed(before) if step.stage == stage), None)
-    merged = {
-        key: {**(shared.get(key) or {}), **value} if isinstance(value, dict) else value
+    model, tables = variants.load("stages", stage).Config, shared.get(stage, {})
+    keys = {key: own.pop(key) for key in Length.model_fields if key in own and model is Recipe}
+    laid = {
+        key: {**(tables.get(key) or {}), **value} if isinstance(value, dict) else value
         for key, value in own.items()
     }
-    recipe = validate(Recipe, {**shared, "seed": seed, "start": start, **merged}, where)
-    for part in ("encoder", "bridge", "decoder", "objective"):
-        variants.parse(f"{part}s", getattr(recipe, part))
-    return Step(stage, recipe, folder, validate(Length, keys, where))
+    given: dict[str, Any] = {"seed": seed} if "seed" in model.model_fields else {}
+    if model is Recipe:
+        given["start"] = next((one.folder for one in reversed(before) if one.stage == stage), None)
+    config = validate(model, {**tables, **given, **laid}, where)
+    if isinstance(config, Recipe):
+        for part in ("encoder", "bridge", "decoder", "objective"):
+            variants.parse(f"{part}s", getattr(config, part))
+    return Step(stage, config, folder, validate(Length, keys, where))
 
 
 def with_folders(value: Any, known: Mapping[str, Path], where: str) -> Any:
