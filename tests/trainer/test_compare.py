@@ -16,8 +16,8 @@ from trainer.photos import usable_examples
 from trainer.probes import Probes
 from trainer.run import PretrainRecipe
 from trainer.runlog import RunLog
-from trainer.stages import compare, pretrain
-from trainer.stages._arms import Arm, pretrain_recipe
+from trainer.stages import _arms, _encoder_arms, compare, pretrain
+from trainer.stages._encoder_arms import Arm, pretrain_recipe
 from trainer.transforms import Augment, Crop, Flip, Grey
 
 pytestmark = pytest.mark.usefixtures("no_curves")
@@ -129,13 +129,13 @@ def test_the_time_of_a_run_that_was_killed_is_that_of_its_last_part(
         compare.run(config, tmp_path)
     monkeypatch.setattr(TrainingLoop, "_finish_epoch", finish)
     clock = iter([100.0, 110.0])
-    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(_arms, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     compare.run(config, tmp_path)
     (run,) = numbers(tmp_path)["arms"]["simclr"]["runs"]
     assert run["budget"]["seconds"] == 20  # one epoch of two took ten
 
     (tmp_path / "simclr/0/result.json").unlink()  # killed between the last step and its result
-    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+    monkeypatch.setattr(_arms, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     compare.run(config, tmp_path)
     (same,) = numbers(tmp_path)["arms"]["simclr"]["runs"]
     assert same["budget"].pop("seconds") is None
@@ -169,7 +169,8 @@ def test_an_arm_lays_its_keys_over_the_shared_tables(shapes: Path) -> None:
         "optim": {"lr": 0.5},
     }
     arm = {"encoder": VIT, "method": SIMCLR, **changes, "loop": {"batch_size": 8}}
-    config = recipe(shapes, optim={"warmup": 0.25}, arms={"own": arm})
+    tables = recipe(shapes, optim={"warmup": 0.25}, arms={"own": arm}).model_dump()
+    config = validate(_encoder_arms.Config, tables, "recipe")
     made = pretrain_recipe(config, "own", validate(Arm, arm, "own"), 7)
     assert (made.seed, made.loop.epochs, made.loop.batch_size) == (7, 2, 8)
     assert made.augment == Augment(crop=Crop(area=0.8), flip=Flip())
@@ -183,7 +184,7 @@ def test_a_run_of_another_recipe_or_of_other_images_is_not_taken_over(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"simclr/0: holds a run of another recipe \(loop"):
         compare.run(recipe(shapes, loop={"epochs": 3}), folder)
-    monkeypatch.setattr(compare, "usable_examples", lambda found: usable_examples(found)[:-1])
+    monkeypatch.setattr(_encoder_arms, "usable_examples", lambda found: usable_examples(found)[:-1])
     with pytest.raises(CheckpointError, match=r"simclr/0: learnt from 48 images, now .* 47"):
         compare.run(recipe(shapes), folder)
 

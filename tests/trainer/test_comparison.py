@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from trainer.charts import curve_chart
-from trainer.comparison import ArmFigures, Budget, Comparison, RunFigures, write_comparison
+from trainer.comparison import (
+    ENCODERS,
+    ArmFigures,
+    Budget,
+    Comparison,
+    RunFigures,
+    write_comparison,
+)
 from trainer.verdict import judge
 
 IMAGES = 40
@@ -29,16 +36,20 @@ def arm(method: str, *, gain: float = 0.0, seeds: int = 2, epochs: int = 0) -> A
                 {"probe/rankme": 10.0 + gain, "probe/odd": float("nan")},
                 values,
                 [(0.0, 1.0), *curve],
-                Budget(1500, epochs, 32, 46 * epochs, 61.4 if seed else None) if epochs else None,
+                {"": Budget(1500, epochs, 32, 46 * epochs, 61.4 if seed else None)}
+                if epochs
+                else {},
             )
         )
-    return ArmFigures("timm_vit, weights <b>&amp;</b>", method, runs)
+    about = {"method": method, "encoder": "timm_vit, weights <b>&amp;</b>"}
+    return ArmFigures(about, runs)
 
 
 def comparison(arms: dict[str, ArmFigures], *, seen: int = 0) -> Comparison:
     values = {name: np.stack([run.cider_d for run in one.runs]) for name, one in arms.items()}
     judgement = judge(values, "frozen")
-    return Comparison(arms, judgement, seen, "the frozen encoder", "python -m trainer <x>", "cpu")
+    command = "python -m trainer <x>"
+    return Comparison(ENCODERS, arms, judgement, seen, "the frozen encoder", command, "cpu")
 
 
 @pytest.fixture(scope="module")

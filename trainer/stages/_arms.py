@@ -1,111 +1,169 @@
-"""The recipe of a comparison: tables that all arms share, and what each arm lays over them."""
+"""What comparisons of every kind share: arms by name, each run once a seed, kept in its folder."""
 
+import json
 import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from exports.images import ImageSpec
-from trainer import variants
+from trainer.checkpoint import CHECKPOINT, load_checkpoint
+from trainer.comparison import Kind, RunFigures, Sample
 from trainer.config import Config as BaseConfig
 from trainer.config import validate
-from trainer.errors import ConfigError
+from trainer.data import Example
+from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.loop import Loop
+from trainer.metrics import cider
 from trainer.optim import Optim
-from trainer.probes import ProbeConfig
-from trainer.run import PretrainRecipe, RawData, TokenizerConfig
+from trainer.run import TokenizerConfig
 from trainer.transforms import Augment
 
-
-class Arm(BaseConfig):
-    """Keys of `[arms.NAME]`."""
-
-    encoder: dict[str, Any]
-    method: dict[str, Any] | None = None
-    """None keeps the encoder as it is."""
-    augment: dict[str, Any] = Field(default_factory=dict)
-    second_view: dict[str, Any] = Field(default_factory=dict)
-    optim: dict[str, Any] = Field(default_factory=dict)
-    loop: dict[str, Any] = Field(default_factory=dict)
-    """Keys that differ from the tables that all arms share."""
-
-    @property
-    def changes(self) -> dict[str, dict[str, Any]]:
-        """Returns the keys that differ, by table."""
-        tables = self.model_dump(include={"augment", "second_view", "optim", "loop"})
-        return {name: table for name, table in tables.items() if table}
+RESULT = "result.json"
 
 
-class Config(BaseConfig):
-    """A recipe that compares encoders."""
+class ArmsConfig(BaseConfig):
+    """Keys of every comparison; those of its kind stand beside them."""
 
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     baseline: str | None = None
-    """The arm that the others are compared with; by default the one without a method."""
-    data: RawData
+    """The arm that the others are compared with; by default the one without a method, and of
+    captioners the first."""
     image: ImageSpec
     """The same for all arms."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     augment: Augment = Augment()
-    second_view: Augment | None = None
     optim: Optim = Optim()
     loop: Loop
-    probe: ProbeConfig
     arms: dict[str, dict[str, Any]]
 
 
-def read_arms(config: Config) -> dict[str, Arm]:
-    """Returns the arms, each of which can be built and trained as far as the recipe tells."""
+class Config(ArmsConfig):
+    """A recipe that compares, whatever its kind."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Result(BaseConfig):
+    """`result.json` of a run that is done: what it learnt from and took."""
+
+    images: int
+    steps: int
+    seconds: float | None
+    """Of all steps, at the speed of those that were measured: a run that was killed counts as fast
+    as its last part. None where all steps were made before."""
+
+
+class Bench(ABC):
+    """Makes and measures the runs of one comparison.
+
+    Attributes:
+        config: The recipe, with defaults.
+        baseline: The arm that the others are compared with.
+        subject: What the verdict calls it.
+        seen: How many images of dev are also learnt from.
+    """
+
+    kind: Kind
+    config: ArmsConfig
+    baseline: str
+    subject: str
+    seen: int = 0
+
+    def __init__(self, out_dir: Path) -> None:
+        self._out_dir = out_dir
+
+    def folder_of(self, name: str, seed: int) -> Path:
+        """Returns where a run of an arm stands."""
+        return self._out_dir / name / str(seed)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Reads the data, before anything is written."""
+
+    @abstractmethod
+    def about(self, name: str) -> Mapping[str, str]:
+        """Returns what an arm is, in lines with a name each."""
+
+    @abstractmethod
+    def is_done(self, name: str, seed: int) -> bool:
+        """Whether nothing of a run is left to be trained."""
+
+    @abstractmethod
+    def run_of(self, name: str, seed: int) -> RunFigures:
+        """Returns what an arm's run comes to; trains it unless it has been."""
+
+    def samples(self) -> list[Sample]:
+        """Returns images with what every arm says of them, where arms say something."""
+        return []
+
+
+def check_arms(config: ArmsConfig, example: str) -> None:
+    """Raises ConfigError unless there are arms to compare, by names that folders may have."""
     if len(config.arms) < 2:
-        raise ConfigError(
-            f"{len(config.arms)} arm(s); a comparison needs two: write [arms.frozen] with an "
-            "encoder, and another with an encoder and a method"
-        )
+        raise ConfigError(f"{len(config.arms)} arm(s); a comparison needs two: write {example}")
     if len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"seeds = {list(config.seeds)}: one is there twice")
-    if config.probe.captioned is None or config.probe.dev is None:
-        raise ConfigError(
-            "the caption probe decides, and needs captions: name probe.captioned, which it may "
-            "copy from, and probe.dev, which it is measured on"
-        )
-    arms = {}
-    for name, table in config.arms.items():
+    for name in config.arms:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             raise ConfigError(
                 f"arm {name!r}: its runs get a folder of this name; use letters, digits, - and _"
             )
-        arm = arms[name] = validate(Arm, table, f"arms.{name}")
-        variants.parse("encoders", arm.encoder)
-        if arm.method is not None:
-            variants.parse("methods", arm.method)
-            pretrain_recipe(config, name, arm, config.seeds[0])
-        elif arm.changes:
-            raise ConfigError(
-                f"arms.{name}: without a method nothing is trained, and {list(arm.changes)} mean "
-                "nothing; remove them or name a method"
-            )
-    return arms
+    if config.baseline is not None and config.baseline not in config.arms:
+        raise ConfigError(f"baseline = {config.baseline!r}; the arms are {', '.join(config.arms)}")
 
 
-def baseline_of(config: Config, arms: dict[str, Arm]) -> str:
-    """Returns the arm that the others are compared with."""
-    if config.baseline is not None:
-        if config.baseline not in arms:
-            raise ConfigError(f"baseline = {config.baseline!r}; the arms are {', '.join(arms)}")
-        return config.baseline
-    untrained = [name for name, arm in arms.items() if arm.method is None]
-    if len(untrained) != 1:
-        raise ConfigError(
-            f"{len(untrained)} of the arms have no method; set baseline to the arm that the "
-            f"others are compared with: {', '.join(arms)}"
+def captioned(examples: Sequence[Example]) -> list[Example]:
+    """Returns the examples that have captions."""
+    return [example for example in examples if example.captions]
+
+
+def check_informative(source: Path, dev: Sequence[Example]) -> None:
+    """Raises DataError where CIDEr-D cannot tell good captions of `dev` from bad ones."""
+    if not cider.DocumentFrequencies.of([example.captions for example in dev]).informative:
+        raise DataError(
+            f"{source}: CIDEr-D says nothing of its {len(dev)} captioned image(s); it needs "
+            "several, with different captions"
         )
-    return untrained[0]
 
 
-def pretrain_recipe(config: Config, name: str, arm: Arm, seed: int) -> PretrainRecipe:
-    """Returns the recipe of one run: the shared tables with the arm's keys laid over."""
-    table = config.model_dump(exclude={"seeds", "baseline", "arms"})
-    table |= {"seed": seed, "encoder": arm.encoder, "method": arm.method}
-    for section, changes in arm.changes.items():
-        table[section] = {**(table[section] or {}), **changes}
-    return validate(PretrainRecipe, table, f"arms.{name}")
+def words(table: Mapping[str, Any]) -> str:
+    """Returns a variant's table in a line."""
+    keys = [f"{key} {value}" for key, value in table.items() if key != "name"]
+    return ", ".join([table["name"], *keys])
+
+
+def read_result(folder: Path, images: int) -> Result:
+    """Returns what a run that is done took.
+
+    Raises:
+        CheckpointError: it learnt from another number of images.
+    """
+    path = folder / RESULT
+    result = validate(Result, json.loads(path.read_text(encoding="utf-8")), str(path))
+    if result.images != images:
+        raise CheckpointError(
+            f"{folder}: learnt from {result.images} images, now there are {images}; choose "
+            "another folder with --out, or remove this one"
+        )
+    return result
+
+
+def timed(folder: Path, work: Callable[[], None]) -> tuple[int, float | None]:
+    """Does a run's work; returns its optimiser steps and seconds as `Result` has them.
+
+    Work that trains nothing has no steps, and counts as long as its last part took.
+    """
+    checkpoint = folder / CHECKPOINT
+    begun = load_checkpoint(checkpoint)[1]["step"] if checkpoint.exists() else 0
+    since = time.perf_counter()
+    work()
+    elapsed = time.perf_counter() - since
+    if not checkpoint.exists():
+        return 0, elapsed
+    steps = load_checkpoint(checkpoint)[1]["total"]
+    return steps, elapsed * steps / (steps - begun) if begun < steps else None
