@@ -121,8 +121,9 @@ class _Images:
 
 def _read(config: Config) -> _Images:
     found = read_examples(config.images, images=config.folder, split=config.split)
-    examples = {one.image.resolve(): one for one in reversed(found)}
-    examples = dict(reversed(examples.items()))
+    examples: dict[Path, Example] = {}
+    for one in found:
+        examples.setdefault(one.image.resolve(), one)
     root = _root(config, found)
     labelled = _captioned(found)
     for path in config.labelled:
