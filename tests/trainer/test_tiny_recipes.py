@@ -85,7 +85,8 @@ def finetuned(name: str, drawings: Path, folder: Path, *changes: str) -> dict[st
 @pytest.mark.slow
 def test_rewards_make_captions_better_and_leave_them_whole(drawings: Path, tmp_path: Path) -> None:
     finetuned("gpt2", drawings, tmp_path / "xe")
-    finetuned("scst", drawings, tmp_path / "rl", f"start={tmp_path / 'xe'}")
+    start = (f"start={tmp_path / 'xe'}", "loop.epochs=4")
+    finetuned("scst", drawings, tmp_path / "rl", *start)
     before, _ = greedily(tmp_path / "xe", drawings)
     after, captions = greedily(tmp_path / "rl", drawings)
     steps = max(row["step"] for row in read_log(tmp_path / "rl"))

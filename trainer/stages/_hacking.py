@@ -68,7 +68,7 @@ class HackingWatch:
             _same(self._folder / CHECKPOINT, best)
 
     def _evaluations(self) -> list[dict[str, float]]:
-        return [row for row in read_log(self._folder) if _QUALITY in row]
+        return [row for row in read_log(self._folder) if "dev/length" in row]
 
     def _excess(
         self, figures: dict[str, float], before: dict[str, float]
