@@ -1,6 +1,7 @@
 """The trainer's command line.
 
 python -m trainer STAGE RECIPE [section.key=value ...]
+python -m trainer auto DIR [--labels N] [section.key=value ...]
 python -m trainer import DIR --name NAME [--registry REGISTRY]
 """
 
@@ -19,16 +20,44 @@ from trainer.distributed import launch
 from trainer.errors import ConfigError, TrainerError
 
 
+_PRESETS = Path(__file__).parent / "recipes"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one stage or an import; returns 0, or 1 after one line that says what is wrong."""
     argv = sys.argv[1:] if argv is None else argv
-    work = _import if argv[:1] == ["import"] else _stage
+    verbs = {"auto": _auto, "import": _import}
     try:
-        work(argv)
+        verbs.get(argv[0] if argv else "", _stage)(argv)
     except (TrainerError, ExportsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _auto(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer auto",
+        description="From a folder of photographs to a published captioner, asking for captions.",
+    )
+    parser.add_argument("images", type=Path, metavar="DIR", help="the photographs")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--labels", type=int, help="images that you caption (100)")
+    parser.add_argument("--answers", type=Path, help="a data set whose captions stand in for you")
+    parser.add_argument("--name", help="of the model in the registry (mine)")
+    parser.add_argument("--registry", type=Path, help="where it is published (runs/registry)")
+    parser.add_argument(
+        "--preset", type=Path, default=_PRESETS / "auto.toml", help="a recipe (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of all that is made (runs/auto)")
+    given = vars(parser.parse_intermixed_args(argv[1:]))
+    preset, out_dir = given.pop("preset"), given.pop("out") or Path("runs") / "auto"
+    recipe = read_recipe(preset, given.pop("overrides"))
+    recipe |= {key: value for key, value in given.items() if value is not None}
+    stage = variants.load("stages", "auto")
+    config = validate(stage.Config, recipe, str(preset))
+    with _room_in(out_dir):
+        stage.run(config, out_dir)
 
 
 def _import(argv: list[str]) -> None:
