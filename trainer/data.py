@@ -41,8 +41,8 @@ def read_examples(
 
     Args:
         source: A folder of images (searched recursively, captions in `photo.txt` beside
-            `photo.jpg`, one a line), COCO captions JSON, Karpathy JSON, CSV or TSV, JSONL,
-            a JSON list of records, or a `.txt` list of image names.
+            `photo.jpg`, one a line), COCO captions JSON, Karpathy JSON, Label Studio's JSON, CSV or
+            TSV, JSONL, a JSON list of records, or a `.txt` list of image names.
         images: The folder that image names are relative to; by default the file's own
             folder, then its `images/` subfolder.
         split: Keeps the examples of this split only; "train" includes Karpathy's "restval".

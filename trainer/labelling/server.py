@@ -25,15 +25,15 @@ from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from trainer.errors import DataError
-from trainer.labelling.answers import cleaned
 from trainer.labelling.refits import Refits
+from trainer.labelling.replies import AnswerReply, Refused, ReleaseReply, Reply
 from trainer.labelling.session import Session
 from trainer.photos import load_thumbnail
 
@@ -46,54 +46,7 @@ _PHOTO = re.compile(r"/(api/)?photos/([0-9]{1,9})")
 
 logger = logging.getLogger(__name__)
 
-Tab = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
-
-
-class _Reply(BaseModel):
-    """What the page sends."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class _Answer(_Reply):
-    tab: Tab
-    revision: int = Field(ge=0, lt=1 << 31)
-    action: Literal["accept", "edit", "skip", "clear"]
-    captions: list[Annotated[str, Field(max_length=1000)]] = Field(max_length=20)
-    proposal: int | None = Field(default=None, ge=1, le=9)
-    seconds: float = Field(default=0.0, ge=0, le=86400, allow_inf_nan=False)
-
-    def texts(self) -> list[str]:
-        """Returns the captions as they are kept.
-
-        Raises:
-            _Refused: they do not fit the action, or one is there twice.
-        """
-        texts = [cleaned(text) for text in self.captions]
-        if not all(texts):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "a caption has no words")
-        if len({text.casefold() for text in texts}) < len(texts):
-            raise _Refused(HTTPStatus.BAD_REQUEST, "the photograph has this caption already")
-        if self.action in ("accept", "edit") and not texts:
-            raise _Refused(HTTPStatus.BAD_REQUEST, f"{self.action} without a caption")
-        if self.action == "clear" and texts:
-            raise _Refused(HTTPStatus.BAD_REQUEST, "clear with a caption")
-        return texts
-
-
-class _Release(_Reply):
-    tab: Tab
-
-
-_R = TypeVar("_R", bound=_Reply)
-
-
-class _Refused(Exception):
-    """What a client is told instead of an answer."""
-
-    def __init__(self, status: HTTPStatus, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+_R = TypeVar("_R", bound=Reply)
 
 
 class LabelServer(ThreadingHTTPServer):
@@ -156,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._check_sender()
             work()
-        except _Refused as error:
+        except Refused as error:
             self.close_connection = True  # its body may not have been read
             self._send_json(error.status, {"error": str(error)})
         except DataError as error:
@@ -166,12 +119,12 @@ class _Handler(BaseHTTPRequestHandler):
         origins = self.server.origins
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or f"http://{hosts[0]}" not in origins:
-            raise _Refused(HTTPStatus.FORBIDDEN, "this page is for the browser of its own machine")
+            raise Refused(HTTPStatus.FORBIDDEN, "this page is for the browser of its own machine")
         origin = self.headers.get("Origin")
         foreign = origin not in origins and (origin is not None or self.command != "GET")
         site = self.headers.get("Sec-Fetch-Site", "same-origin")
         if foreign or site not in ("same-origin", "none"):
-            raise _Refused(HTTPStatus.FORBIDDEN, "another site's page asks; that is refused")
+            raise Refused(HTTPStatus.FORBIDDEN, "another site's page asks; that is refused")
 
     def _get(self) -> None:
         address = urlsplit(self.path)
@@ -196,20 +149,20 @@ class _Handler(BaseHTTPRequestHandler):
             session.hold(_tab(query), number)
             self._send_json(HTTPStatus.OK, self._state(number))
         else:
-            raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def _post(self) -> None:
         path = urlsplit(self.path).path
         match = _PHOTO.fullmatch(path)
         if path == "/api/release":
-            self.server.session.release(self._body(_Release).tab)
+            self.server.session.release(self._body(ReleaseReply).tab)
             self._send_json(HTTPStatus.OK, {})
         elif match and match[1]:
-            self._answer(self._number(match[2]), self._body(_Answer))
+            self._answer(self._number(match[2]), self._body(AnswerReply))
         else:
-            raise _Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
 
-    def _answer(self, number: int, answer: _Answer) -> None:
+    def _answer(self, number: int, answer: AnswerReply) -> None:
         session, texts = self.server.session, answer.texts()
         try:
             stored = session.answer(
@@ -247,24 +200,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _number(self, text: str) -> int:
         photos = self.server.session.photos
         if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(photos):
-            raise _Refused(HTTPStatus.NOT_FOUND, "there is no such photograph")
+            raise Refused(HTTPStatus.NOT_FOUND, "there is no such photograph")
         return int(text)
 
     def _body(self, model: type[_R]) -> _R:
         """Returns the request's body; nothing is read that is too long or of another kind."""
         if self.headers.get_content_type() != "application/json":
-            raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
+            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "send application/json")
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,15}", length):
-            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "say how long the body is")
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "say how long the body is")
         if int(length) > MAX_BODY:
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MAX_BODY} bytes")
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MAX_BODY} bytes")
         try:
             return model.model_validate_json(self.rfile.read(int(length)))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             key = ".".join(map(str, first["loc"]))
-            raise _Refused(HTTPStatus.BAD_REQUEST, f"{key}: {first['msg']}".lstrip(": ")) from None
+            raise Refused(HTTPStatus.BAD_REQUEST, f"{key}: {first['msg']}".lstrip(": ")) from None
 
     def _send_page(self) -> None:
         nonce = secrets.token_urlsafe(16)
@@ -307,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
 def _tab(query: dict[str, str]) -> str:
     tab = query.get("tab", "")
     if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", tab):
-        raise _Refused(HTTPStatus.BAD_REQUEST, "name the tab that asks")
+        raise Refused(HTTPStatus.BAD_REQUEST, "name the tab that asks")
     return tab
 
 
