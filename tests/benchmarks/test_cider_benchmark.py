@@ -53,6 +53,5 @@ def test_ours_is_equal_and_many_times_as_fast() -> None:
     command = [sys.executable, "benchmarks/cider.py", "--tiny", "--rounds", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    ratios = re.findall(r"([\d.]+)x \|$", done.stdout, re.M)
-    assert len(ratios) == 2
-    assert all(float(ratio) > 10 for ratio in ratios), done.stdout
+    rewards, corpus = map(float, re.findall(r"([\d.]+)x \|$", done.stdout, re.M))
+    assert rewards > 15 and corpus > 2, done.stdout
