@@ -70,7 +70,7 @@ def test_a_gain_that_would_have_shown_is_likely_less() -> None:
 
 
 def test_runs_that_differ_are_named_where_they_are_the_reason() -> None:
-    found = advised(power, images=500, runs=2, luck=0.3)
+    found = advised(slow, images=500, runs=2, luck=0.1)
     assert found.sentence.startswith("Too few runs to tell what 30 more labels bring: the gain is")
     assert found.notes[0].endswith("train several seeds at each label count.")
 
