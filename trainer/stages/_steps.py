@@ -1,9 +1,9 @@
 """Steps that make a captioner one after the other, each in a folder of its own.
 
 A step is a recipe of `finetune`, or of the verb that its key `stage` names, laid over the tables
-that all steps of that stage share. A finetuning begins with the weights of the one before it;
-`optimizer_steps = N` trains it for as many epochs as come nearest to N steps, however many images
-there are.
+that all steps of that stage share. A finetuning begins with the weights of the one before it.
+Where the comparison says how many optimiser steps an arm has, its finetunings divide them: each
+takes its `share`, in as many epochs as come nearest to it, however many images there are.
 """
 
 import json
@@ -28,11 +28,11 @@ from trainer.stages.bootstrap import Source
 _NAME = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 
 
-class Length(BaseConfig):
+class Own(BaseConfig):
     """The keys of a finetuning step that are not `finetune`'s."""
 
-    optimizer_steps: int | None = Field(default=None, ge=1)
-    """About how many, in place of `loop.epochs`."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Of the arm's optimiser steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class Step:
     stage: str
     config: Any
     folder: Path
-    length: Length
+    share: float = 0.0
+    """Of the arm's optimiser steps."""
 
     @property
     def title(self) -> str:
@@ -67,22 +68,25 @@ class Step:
         found = self.folder / "captions.csv"
         return len(read_examples(found)) if found.exists() else 0
 
-    def sized(self) -> Any:
-        """Returns the recipe with the epochs that `optimizer_steps` comes to on its images."""
-        wanted, config = self.length.optimizer_steps, self.config
-        if wanted is None:
+    def sized(self, total: int | None) -> Any:
+        """Returns the recipe, with as many epochs as its share of `total` steps comes to."""
+        config = self.config
+        if total is None or not self.share:
             return config
         batches = max(1, self.images // config.loop.batch_size) // config.loop.accumulate
-        loop = {"epochs": max(1, round(wanted / max(1, batches)))}
+        loop = {"epochs": max(1, round(self.share * total / max(1, batches)))}
         return config.model_copy(update={"loop": config.loop.model_copy(update=loop)})
 
-    def made(self) -> Budget:
+    def made(self, total: int | None) -> Budget:
         """Makes what has not been made; returns what it took in all.
+
+        Args:
+            total: the arm's optimiser steps, where the comparison says how many.
 
         Raises:
             CheckpointError: another recipe or other images have begun in its folder.
         """
-        config, folder = self.sized(), self.folder
+        config, folder = self.sized(total), self.folder
         if not ((folder / RESULT).exists() and _is_of(folder, config)):
             # A stage goes on where it was, and refuses what another recipe has begun.
             stage = variants.load("stages", self.stage)
@@ -121,7 +125,7 @@ def read_step(
     own = dict(table)
     stage = own.pop("stage", "finetune")
     model, tables = variants.load("stages", stage).Config, shared.get(stage, {})
-    keys = {key: own.pop(key) for key in Length.model_fields if key in own and model is Recipe}
+    keys = {key: own.pop(key) for key in Own.model_fields if key in own and model is Recipe}
     laid = {
         key: {**(tables.get(key) or {}), **value} if isinstance(value, dict) else value
         for key, value in own.items()
@@ -133,7 +137,8 @@ def read_step(
     if isinstance(config, Recipe):
         for part in ("encoder", "bridge", "decoder", "objective"):
             variants.parse(f"{part}s", getattr(config, part))
-    return Step(stage, config, folder, validate(Length, keys, where))
+        return Step(stage, config, folder, validate(Own, keys, where).share)
+    return Step(stage, config, folder)
 
 
 def with_folders(value: Any, known: Mapping[str, Path], where: str) -> Any:
