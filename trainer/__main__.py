@@ -19,7 +19,6 @@ from trainer.config import read_recipe, validate
 from trainer.distributed import launch
 from trainer.errors import ConfigError, TrainerError
 
-
 _PRESETS = Path(__file__).parent / "recipes"
 
 

@@ -141,7 +141,7 @@ class Session:
                 captions=tuple(captions),
                 action=action,
                 proposal=proposal,
-                proposals=tuple(self.proposals.of(number)),
+                proposals=tuple(self.proposals.of(number) or ()),
                 revision=revision + 1,
                 seconds=seconds,
                 when=datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -14,7 +14,7 @@ from trainer.alignment import MEAN_RECALL, ORIGINAL, Forgetting, Retrieval
 from trainer.charts import Curve
 from trainer.checkpoint import CHECKPOINT
 from trainer.data import Example
-from trainer.dataset import ViewDataset, flips, framed
+from trainer.dataset import CaptionIds, ViewDataset
 from trainer.forgetting import agreement
 from trainer.interpolation import interpolated
 from trainer.loop import TrainingLoop, device_of, load_kept_weights
@@ -56,16 +56,13 @@ class Bench:
         config, tables, text = self._config, self._towers.tables, self._towers.text
         folder.mkdir(exist_ok=True)
         method = deepcopy(self._towers.method)
+        transform = Transform(config.augment, (tables.image.height, tables.image.width))
         dataset = ViewDataset(
             self._pixels[[self._places[example] for example in examples]],
-            [Transform(config.augment, (tables.image.height, tables.image.width))],
+            [transform],
             seed=config.seed,
-            token_ids=[
-                [framed(self._tokenizer.encode(caption), text) for caption in example.captions]
-                for example in examples
-            ],
+            token_ids=CaptionIds.of(examples, self._tokenizer, text, transform.mirror),
             pad_id=text.pad_id,
-            flips=[flips(example.captions) for example in examples],
         )
         TrainingLoop(
             method,

@@ -208,9 +208,9 @@ class CaptionerBench(Bench):
             known = validate(Said, json.loads(path.read_text(encoding="utf-8")), str(path))
             if (known.generation, known.images) == (generation, images):
                 return list(known.captions)
-        steps, prompt = TorchSteps(run.captioner()), run.prompt_ids
-        found = best_hypotheses(steps, self._pixels, generation, prefix=prompt)
-        captions = [run.tokenizer.decode(one.token_ids[len(prompt) :]) for one in found]
+        steps = TorchSteps(run.captioner())
+        found = best_hypotheses(steps, self._pixels, generation, prompt=run.prompt_ids)
+        captions = [run.tokenizer.decode(one.token_ids) for one in found]
         said = Said(generation=generation, images=images, captions=tuple(captions))
         write_resolved(said, path)
         return captions

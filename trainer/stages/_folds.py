@@ -44,7 +44,7 @@ from trainer.plots import plot_folds
 from trainer.run import Recipe
 from trainer.splits import folds
 from trainer.stages._evaluation import captions_of
-from trainer.stages.evaluate import as_json
+from trainer.stages._figures import as_json
 
 Measure = Callable[[CaptioningObjective, CaptionDataset], Callable[[int], dict[str, float]] | None]
 """Makes, of what is trained, what measures it after an epoch."""

@@ -94,7 +94,7 @@ def proposer(model: Path) -> Caption:
     """
     # As late as can be: without a model the page does not wait for PyTorch.
     from trainer.decoding import beam_search
-    from trainer.stages.evaluate import Model
+    from trainer.stages._model import Model
 
     opened = Model.open(model)
     beams = max(_BEAMS, opened.generation.num_beams)

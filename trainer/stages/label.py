@@ -9,7 +9,7 @@ in a new order.
 import signal
 import threading
 import webbrowser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from trainer.labelling.server import LabelServer
 from trainer.labelling.session import Photo, Session
 from trainer.stages._rounds import Rounds, newest_run, proposer
 
+_LOOK = 0.5  # seconds between two looks at how many there are
 _SHOWN = 20  # notes that are printed; the rest is counted
 
 
@@ -60,11 +61,13 @@ class Config(BaseConfig):
     """A recipe of `acquire` that puts in order what is left, after each time."""
     refit_every: int = Field(default=20, ge=1)
     """Labels between two times."""
+    until: int | None = Field(default=None, ge=1)
+    """The page ends by itself when so many images are labelled."""
     export: Export = Export()
 
 
 def run(config: Config, out_dir: Path) -> None:
-    """Serves the page until Ctrl-C or SIGTERM.
+    """Serves the page until Ctrl-C, SIGTERM, or enough labels.
 
     Raises:
         DataError: there is nothing to label, a file cannot be read, the port is taken, or another
@@ -86,7 +89,7 @@ def run(config: Config, out_dir: Path) -> None:
             refits = Refits(out_dir, config.refit_every, rounds.steps)
         _export(config.export, session, folder)
         with LabelServer(session, refits, port=config.port) as server, _working(session, refits):
-            _serve(server, open_browser=config.open_browser)
+            _serve(server, lambda: _enough(config, session), open_browser=config.open_browser)
         _export(config.export, session, folder)
         _say_what_next(config, session, folder)
 
@@ -138,8 +141,12 @@ def _working(session: Session, refits: Refits | None) -> Iterator[None]:
         session.proposals.stop()
 
 
-def _serve(server: LabelServer, *, open_browser: bool) -> None:
-    """Serves until a signal says to end."""
+def _enough(config: Config, session: Session) -> bool:
+    return config.until is not None and session.progress().labelled >= config.until
+
+
+def _serve(server: LabelServer, enough: Callable[[], bool], *, open_browser: bool) -> None:
+    """Serves until a signal says to end, or there are enough labels."""
     ended = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *_: ended.set()) for number in signals]
@@ -148,7 +155,8 @@ def _serve(server: LabelServer, *, open_browser: bool) -> None:
     print(f"the page is at {server.url} (Ctrl-C ends it)", flush=True)
     if open_browser:
         webbrowser.open(server.url)
-    ended.wait()
+    while not (enough() or ended.wait(_LOOK)):
+        pass
     server.shutdown()
     thread.join()
     for number, handler in zip(signals, before, strict=True):
