@@ -10,7 +10,6 @@ from exports.text import TextSpec
 from trainer.data import read_examples
 from trainer.run import Recipe, build_captioner
 from trainer.stages._auto_steps import Pipeline, Step
-from trainer.stages.finetune import Config as Finetune
 
 _CAPTION_SECONDS = 25.0  # of a person who looks, thinks and types
 _WORDS = 14  # tokens of a caption
@@ -98,9 +97,8 @@ class _Costs:
         return runs * (once + recipe.loop.epochs * images * (each + looks))
 
 
-def _measured(recipe: Finetune) -> tuple[float, float]:
+def _measured(recipe: Recipe) -> tuple[float, float]:
     """Returns the seconds of encoding an image, and of a training step for one caption."""
-    assert isinstance(recipe, Recipe)
     text = TextSpec(
         vocab_size=recipe.tokenizer.vocab_size,
         pad_id=0,

@@ -21,6 +21,7 @@ from trainer.intervals import Interval, paired_difference
 from trainer.labelling.answers import ANSWERS, Answer, Answers
 from trainer.metrics import cider
 from trainer.photos import read_captioned, scan_images
+from trainer.run import PretrainRecipe, Recipe
 from trainer.splits import duplicate_groups
 from trainer.stages import acquire, bootstrap, evaluate, export, finetune, label, pretrain
 
@@ -131,7 +132,7 @@ class Pipeline:
             seconds=round(time.monotonic() - begun, 1),
             run=run,
             skipped=skipped,
-            gain=gain and tuple(_number(x) for x in (gain.value, gain.low, gain.high)),
+            gain=gain and (_number(gain.value), _number(gain.low), _number(gain.high)),
             kept=kept or run is None,
         )
         self.state = State(done={**self.state.done, step.name: done}, model=model)
@@ -139,14 +140,14 @@ class Pipeline:
         temporary.write_text(self.state.model_dump_json(indent=2) + "\n", encoding="utf-8")
         temporary.replace(self._file)
 
-    def recipe(self, *changes: Mapping[str, Any] | None, **tables: Any) -> finetune.Config:
+    def recipe(self, *changes: Mapping[str, Any] | None, **tables: Any) -> Recipe:
         """Returns `[finetune]` with changes laid over it, table by table, and then `tables`."""
         whole: dict[str, Any] = {"seed": self.config.seed, **self.config.finetune}
         for change in (*changes, tables):
             for key, value in (change or {}).items():
                 old = whole.get(key)
                 whole[key] = _over(old, value) if isinstance(old, dict) else value
-        return validate(finetune.Config, whole, "auto")
+        return validate(Recipe, whole, "auto, [finetune]")
 
     def labelled(self, *, test: bool) -> Path:
         """Writes and returns the table of what people wrote of the test images, or of all others.
@@ -225,7 +226,7 @@ def _pretrain(pipeline: Pipeline, folder: Path) -> None:
     config = pipeline.config
     table = {"seed": config.seed, **(config.pretrain or {})}
     table["data"] = {**table.get("data", {}), "train": config.images}
-    pretrain.run(validate(pretrain.Config, table, "auto, [pretrain]"), folder)
+    pretrain.run(validate(PretrainRecipe, table, "auto, [pretrain]"), folder)
 
 
 def _draw_test(pipeline: Pipeline, folder: Path) -> None:
@@ -314,8 +315,15 @@ def _answer(pipeline: Pipeline, picks: list[str], wanted: int) -> None:
                 continue
             captions = example.captions[: config.captions_per_image] if example else ()
             when = datetime.now(UTC).isoformat(timespec="seconds")
-            action = "import" if captions else "skip"
-            answers.add(Answer(image=name, captions=captions, action=action, revision=1, when=when))
+            answers.add(
+                Answer(
+                    image=name,
+                    captions=captions,
+                    action="import" if captions else "skip",
+                    revision=1,
+                    when=when,
+                )
+            )
             labelled += bool(captions)
     finally:
         answers.close()

@@ -99,13 +99,11 @@ def proposer(model: Path) -> Caption:
     opened = Model.open(model)
     beams = max(_BEAMS, opened.generation.num_beams)
     generation = opened.generation.model_copy(update={"num_beams": beams, "num_captions": beams})
-    prompt = opened.prompt_ids
 
     def captions(image: Path) -> Sequence[str]:
         pixels = load_pixels(image, opened.image)[None]
-        [found] = beam_search(opened.steps, pixels, generation, prompt)
-        texts = [opened.tokenizer.decode(one.token_ids[len(prompt) :]) for one in found]
-        return distinct(texts)[:MOST]
+        [found] = beam_search(opened.steps, pixels, generation, prompt=opened.prompt_ids)
+        return distinct([opened.tokenizer.decode(one.token_ids) for one in found])[:MOST]
 
     return captions
 
