@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ class Done(BaseConfig):
     seconds: float
     run: Path | None = None
     skipped: str | None = None
-    gain: tuple[float | None, float | None, float | None] | None = None
+    gain: tuple[float | None, ...] | None = None
     kept: bool = True
 
 
@@ -132,7 +132,7 @@ class Pipeline:
             seconds=round(time.monotonic() - begun, 1),
             run=run,
             skipped=skipped,
-            gain=gain and (_number(gain.value), _number(gain.low), _number(gain.high)),
+            gain=None if gain is None else tuple(map(_number, astuple(gain))),
             kept=kept or run is None,
         )
         self.state = State(done={**self.state.done, step.name: done}, model=model)
