@@ -40,7 +40,9 @@ def _auto(argv: list[str]) -> None:
         description="From a folder of photographs to a published captioner, asking for captions.",
     )
     parser.add_argument("images", type=Path, metavar="DIR", help="the photographs")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="scst=false leaves a step out"
+    )
     parser.add_argument("--labels", type=int, help="images that you caption (100)")
     parser.add_argument("--answers", type=Path, help="a data set whose captions stand in for you")
     parser.add_argument("--name", help="of the model in the registry (mine)")
@@ -53,6 +55,8 @@ def _auto(argv: list[str]) -> None:
     preset, out_dir = given.pop("preset"), given.pop("out") or Path("runs") / "auto"
     recipe = read_recipe(preset, given.pop("overrides"))
     recipe |= {key: value for key, value in given.items() if value is not None}
+    # A table that an override calls false, such as pseudo or scst, is a step that is left out.
+    recipe = {key: value for key, value in recipe.items() if value is not False}
     stage = variants.load("stages", "auto")
     config = validate(stage.Config, recipe, str(preset))
     with _room_in(out_dir):

@@ -141,12 +141,16 @@ class Pipeline:
         temporary.replace(self._file)
 
     def recipe(self, *changes: Mapping[str, Any] | None, **tables: Any) -> Recipe:
-        """Returns `[finetune]` with changes laid over it, table by table, and then `tables`."""
+        """Returns `[finetune]` with changes laid over it, table by table, and then `tables`.
+
+        `false` takes a table out.
+        """
         whole: dict[str, Any] = {"seed": self.config.seed, **self.config.finetune}
         for change in (*changes, tables):
             for key, value in (change or {}).items():
-                old = whole.get(key)
-                whole[key] = _over(old, value) if isinstance(old, dict) else value
+                old = whole.pop(key, None)
+                if value is not False:
+                    whole[key] = _over(old, value) if isinstance(old, dict) else value
         return validate(Recipe, whole, "auto, [finetune]")
 
     def labelled(self, *, test: bool) -> Path:

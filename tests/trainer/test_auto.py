@@ -1,0 +1,190 @@
+"""The whole road: its plan, what it refuses, and that it ends alike, killed or not."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from exports.registry import Registry
+from trainer.__main__ import main
+from trainer.config import read_recipe, validate
+from trainer.data import read_examples
+from trainer.errors import DataError
+from trainer.labelling.answers import Answers
+from trainer.stages import auto
+from trainer.stages._auto_estimate import estimate
+from trainer.stages._auto_steps import Done, Pipeline, State, planned
+
+RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"
+TINY = RECIPES / "tiny" / "auto.toml"
+
+
+def preset(shapes: Path, **changes: object) -> auto.Config:
+    table = read_recipe(TINY)
+    table |= {"images": shapes / "images", "answers": shapes / "captions_train.json", **changes}
+    return validate(auto.Config, table, "tiny/auto.toml")
+
+
+def picks(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True)
+    with (folder / "picks.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image"], *([name] for name in names)])
+
+
+@pytest.mark.parametrize("name", ["auto.toml", "tiny/auto.toml"])
+def test_a_preset_makes_a_plan_of_valid_recipes(shapes: Path, tmp_path: Path, name: str) -> None:
+    table = {**read_recipe(RECIPES / name), "images": shapes / "images"}
+    pipeline = Pipeline(validate(auto.Config, table, name), tmp_path)
+    steps = planned(pipeline)
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    assert names[-1] == "bundle"
+    assert names.index("picks-1") < names.index("model-1") < names.index("picks-2")
+    data = {"train": tmp_path}
+    config = pipeline.config
+    assert config.pseudo is not None
+    for changes in (None, config.pseudo.filter, config.pseudo.finetune, config.scst):
+        pipeline.recipe(changes, data=data)
+
+
+def test_changes_lie_over_tables_and_false_takes_one_out(shapes: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline(preset(shapes), tmp_path)
+    changes = {"loop": {"epochs": 3}, "objective": {"name": "scst"}, "generation": False}
+    recipe = pipeline.recipe(changes, data={"train": tmp_path})
+    assert (recipe.loop.epochs, recipe.loop.batch_size) == (3, 16)
+    assert recipe.objective == {"name": "scst"}  # another variant: none of the old one's keys
+    assert recipe.generation.max_new_tokens != 20
+    assert recipe.data.captions_per_image == 3
+
+
+def test_the_plan_tells_how_long_it_takes_and_what_is_done(shapes: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline(preset(shapes, answers=None), tmp_path)
+    steps = planned(pipeline)
+    words = estimate(pipeline, steps)
+    assert words.count("\n") == len(steps) + 1
+    assert re.search(r"in all about .* of this machine and 2.1 h of yours", words)
+    pipeline.state = State(done={step.name: Done(seconds=1) for step in steps[:-1]})
+    assert estimate(pipeline, steps).count("done") == len(steps) - 1
+
+
+def test_answers_come_from_a_file_best_pick_first(shapes: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline(preset(shapes), tmp_path)
+    known = {e.image.name: e for e in read_examples(shapes / "captions_train.json")}
+    named = sorted(known)[:4]
+    unknown = next(p.name for p in (shapes / "images").iterdir() if p.name not in known)
+    picks(tmp_path / "test-images", named[0], unknown, *named[1:])
+    step = next(step for step in planned(pipeline) if step.name == "test-labels")
+    with pytest.raises(DataError, match="captions for 4 of 40 images that were picked"):
+        step.work(tmp_path / step.name)
+    answers = Answers(tmp_path / "labels")
+    try:
+        last = {name: answers.last(name) for name in (*named, unknown)}
+    finally:
+        answers.close()
+    assert all(last[name].captions == known[name].captions[:3] for name in named)
+    assert (last[unknown].action, last[unknown].captions) == ("skip", ())
+    test = pipeline.labelled(test=True).read_text(encoding="utf-8").splitlines()
+    assert len(test) == 1 + 3 * len(named)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images": Path("nowhere")}, "nowhere: no folder"),
+        ({"test_share": 0.01, "labels": 20}, "at least 2 images are tested on"),
+        ({"rounds": 90}, "rounds = 90"),
+    ],
+)
+def test_what_makes_no_plan_is_refused(
+    shapes: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(Exception, match=re.escape(words)):
+        auto.run(preset(shapes, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_labels_is_left_alone(shapes: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "auto.json").write_text(State().model_dump_json())
+    resolved = preset(shapes, labels=50).model_dump_json()
+    (tmp_path / "recipe.json").write_text(resolved)
+    answers = f"answers={shapes / 'captions_train.json'}"
+    command = ["auto", str(shapes / "images"), "--preset", str(TINY), "--out", str(tmp_path)]
+    assert main([*command, "--labels", "60", answers]) == 1
+    assert "holds a run of another recipe (labels: 50, here 60)" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drawings")
+    assert main(["shapecaps", str(RECIPES / "tiny" / "shapecaps.toml"), "--out", str(folder)]) == 0
+    return folder
+
+
+def road(drawings: Path, folder: Path) -> list[str]:
+    return [
+        *("auto", str(drawings / "images"), "--preset", str(TINY), "--name", "cutline-shapes"),
+        *("--answers", str(drawings / "captions_train.json")),
+        *("--registry", str(folder / "registry"), "--out", str(folder / "auto")),
+    ]
+
+
+@pytest.mark.slow
+def test_the_whole_road_and_what_it_bought(drawings: Path, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    assert main(road(drawings, tmp_path)) == 0
+    assert time.monotonic() - begun < 300
+    folder = tmp_path / "auto"
+    state = State.model_validate_json((folder / "auto.json").read_text())
+    gain = state.done["model-2"].gain
+    assert gain is not None
+    assert gain[0] > 0  # with twice the labels
+    assert Registry(tmp_path / "registry").resolve("cutline-shapes").version == "1"
+    report = json.loads((folder / "report.json").read_text())
+    assert "CIDEr-D" in json.dumps(report)
+    assert "labels" in (folder / "report.html").read_text()
+    # Nobody but people wrote what is tested on, and nothing tested on is learnt from.
+    test = {e.image: e for e in read_examples(folder / "test.csv")}
+    assert {e.source for e in test.values()} == {"human"}
+    learnt = read_examples(folder / "pseudo-captions" / "captions.csv")
+    assert not test.keys() & {example.image for example in learnt}
+
+
+@pytest.mark.slow
+def test_a_killed_road_loses_no_label_and_ends_alike(drawings: Path, tmp_path: Path) -> None:
+    short = ["pretrain.loop.epochs=1", "finetune.loop.epochs=4", "labels=24", "rounds=1"]
+    short += ["pseudo=false", "scst.loop.epochs=1", "pretrain.loop.evaluate_every=1"]
+    outcomes = []
+    for name, kills in (("whole", ()), ("killed", ("encoder", "model-1", "scst"))):
+        arguments = [*road(drawings, tmp_path / name), *short]
+        for place in kills:
+            _kill_in(arguments, tmp_path / name / "auto" / place)
+        assert main(arguments) == 0
+        folder = tmp_path / name / "auto"
+        labels = [json.loads(line) for line in (folder / "labels/answers.jsonl").open()]
+        captions = (folder / "scst" / "evaluation" / "captions.jsonl").read_text()
+        outcomes.append(([(row["image"], row["captions"]) for row in labels], captions))
+    assert outcomes[0] == outcomes[1]
+
+
+def _kill_in(arguments: list[str], folder: Path) -> None:
+    """Kills the command as soon as a step has made a checkpoint or a log in its folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 240
+    while not (folder / "log.jsonl").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
