@@ -67,6 +67,8 @@ class _Costs:
             return self.images * self._look
         if kind == "picks":
             return 5.0
+        if "labels" in step and config.answers is not None:
+            return 1.0
         if step == "test-labels":
             return _CAPTION_SECONDS * config.captions_per_image * config.test_labels
         if kind == "labels":

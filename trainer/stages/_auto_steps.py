@@ -67,12 +67,15 @@ class Step:
         words: What it does, for people.
         work: Does it in the folder; returns the folder of the captioner that it made, if any.
         optional: A DataError, which says that the data will not do for it, only leaves it out.
+        trusted: What it makes is kept unless the test images tell that it did harm, as more labels
+            hardly do; of others it is kept where they gain.
     """
 
     name: str
     words: str
     work: Callable[[Path], Path | None]
     optional: bool = False
+    trusted: bool = False
 
 
 class Pipeline:
@@ -125,15 +128,15 @@ class Pipeline:
         if run is not None:
             self._evaluate(run, self.folder / step.name)
             gain = self._gain(step.name)
-        kept = run is not None and (gain is None or not gain.high < 0)
-        if kept:
+        kept = gain is None or (not gain.high < 0 if step.trusted else gain.value >= 0)
+        if run is not None and kept:
             model = step.name
         done = Done(
             seconds=round(time.monotonic() - begun, 1),
             run=run,
             skipped=skipped,
             gain=None if gain is None else tuple(map(_number, astuple(gain))),
-            kept=kept or run is None,
+            kept=kept,
         )
         self.state = State(done={**self.state.done, step.name: done}, model=model)
         temporary = self._file.with_suffix(".tmp")
@@ -271,7 +274,7 @@ def _round(pipeline: Pipeline, number: int, count: int) -> list[Step]:
             f"caption them ({count} in all)",
             lambda _: _label(pipeline, picks, config.test_labels + count),
         ),
-        Step(model, f"learn from {count} captioned images", learn),
+        Step(model, f"learn from {count} captioned images", learn, trusted=True),
     ]
 
 

@@ -6,8 +6,9 @@ evaluation, export and publication: the stages of `python -m trainer`, each in a
 that can be read, and run again, by itself. A command that was killed goes on where it was.
 
 Of the labels, `test_share` go to images that are drawn at random and never learnt from; their
-near-duplicates are neither. After each step the model captions them, and a step is kept unless they
-tell, with a paired 95 % interval, that it did harm. `report.html` says what each step bought.
+near-duplicates are neither. After each step the model captions them: what more labels made is kept
+unless they tell, with a paired 95 % interval, that it did harm; what other steps made, where it
+scores higher. `report.html` says what each step bought.
 """
 
 from collections.abc import Sequence
