@@ -9,7 +9,7 @@ import pytest
 from pairs import BERT
 from tiny_captioner import VIT
 
-from trainer.config import validate
+from trainer.config import read_recipe, validate
 from trainer.data import Example, read_examples, write_coco
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.metrics import cider
@@ -295,6 +295,21 @@ def test_captions_that_say_nothing_of_an_image_decide_nothing(
     config = recipe(shapes, labelled, dev={"data": tmp_path / "alike.json"})
     with pytest.raises(DataError, match=r"alike\.json: CIDEr-D says nothing of its 3 captioned"):
         compare.run(config, tmp_path / "out")
+
+
+def test_the_recipe_for_photographs_can_be_read() -> None:
+    table = read_recipe(Path("trainer/recipes/flickr8k/pairs.toml"))
+    config = validate(compare.Config, table, "recipe")
+    assert config.baseline == "supervised"
+    titles = {
+        name: [step.title.split(",")[0] for step in steps(config, name)] for name in config.arms
+    }
+    assert titles == {
+        "supervised": ["lm"],
+        "matched-first": ["blip", "mlm", "lm"],
+        "both": ["blip"],
+        "pseudo-pairs": ["bootstrap", "lm", "lm"],
+    }
 
 
 @pytest.mark.slow
