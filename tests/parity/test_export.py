@@ -262,7 +262,7 @@ def test_a_failed_check_writes_no_bundle(
 ) -> None:
     run, _ = exported
     differing = Parity(1e-5, 1.0, n_best_lists=9, n_best_equal=9, captions=3, captions_equal=2)
-    monkeypatch.setattr(export, "compare", lambda *_: differing)
+    monkeypatch.setattr(export, "compare", lambda *_, **__: differing)
     card = {"description": "d", "data": "d", "licence": "l", "failures": "f"}
     table = {"run": run, "name": "photos", "data": run.parent / "photos.csv", "card": card}
     with pytest.raises(ParityError, match="2 of 3 captions are equal"):

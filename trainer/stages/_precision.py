@@ -93,7 +93,8 @@ class Int8(Precision):
 class Fp16(Precision):
     """Keys of `[fp16]`: graphs in half precision, for GPUs, with caches of half the size.
 
-    A CPU computes them in float32 and converts to and fro at every step: there they are slower.
+    A CPU computes them in float32 and converts to and fro at every step: there they are slower,
+    and may be closer to float32 than on a GPU. What a GPU makes of them, the golden captions tell.
     """
 
     NAME: ClassVar[str] = "fp16"
