@@ -146,7 +146,7 @@ def test_a_family_equals_its_class_in_transformers(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_prefix_is_as_good_as_words_before_the_text(family: str) -> None:
-    decoder = build(family, Reading("prefix", placed=4))
+    decoder = build(family, Reading("prefix", room=4))
     prefix, ids = torch.randn(3, 4, 32), IDS[:3]
     embedded = decoder.model.get_input_embeddings()(ids)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_buckets_of_distances_are_t5_s() -> None:
 
 
 def test_rotary_positions_count_only_by_their_distance() -> None:
-    decoder = build("llama", Reading("prefix", placed=5))
+    decoder = build("llama", Reading("prefix", room=5))
     query, key = torch.randn(2, 32)
     turn = [(decoder.cosine[p], decoder.sine[p]) for p in range(10)]
     products = [

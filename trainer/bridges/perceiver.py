@@ -30,8 +30,8 @@ class Config(BaseConfig):
 
     def reading(self) -> Reading:
         """Returns what becomes of the latents in the decoder."""
-        placed = self.shots * self.shot_tokens
-        return Reading("gated", every=self.every, placed=placed, shot_tokens=self.shot_tokens)
+        room = self.shots * self.shot_tokens
+        return Reading("gated", every=self.every, room=room, shot_tokens=self.shot_tokens)
 
 
 class Bridge(Positioned):

@@ -33,7 +33,7 @@ class Config(BaseConfig):
 
     def reading(self) -> Reading:
         """Returns what becomes of the tokens in the decoder."""
-        return Reading("prefix", placed=self.length)
+        return Reading("prefix", room=self.length)
 
 
 class Bridge(nn.Module):

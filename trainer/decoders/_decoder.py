@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         width: D; `layers`: L; `heads` of keys and values: H; `head_dim`: the width of a head.
         query_heads: where several share the keys of one; by default H.
         image_width: of the tokens that it takes from a bridge; by default D.
-        placed: positions that stand before the text now; examples come and go.
+        placed: positions that are taken before the text now, of the `reading`'s room.
 
     Raises:
         ConfigError: this family cannot read an image that way.
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         self.width, self.layers, self.heads, self.head_dim = width, layers, heads, head_dim
         self.image_width = image_width or width
         self.max_length, self.dropout = config.max_length, config.dropout
-        self.placed = reading.placed if reading.kind == "prefix" else 0
+        self.placed = reading.room if reading.kind == "prefix" else 0
         self.gated = nn.ModuleList()
         if reading.kind == "gated":
             self.gated.extend(
@@ -184,9 +184,9 @@ class Decoder(nn.Module):
             Memory(), self.head_dim, causal=reading.causal, dropout=self.attention_dropout
         )
         position = torch.arange(tokens.shape[1], device=tokens.device)
-        if reading.placed:
+        if reading.room:
             tokens = self.place(tokens, position)
-        self.blocks(tokens, position if reading.placed else 0 * position, attention)
+        self.blocks(tokens, position if reading.room else 0 * position, attention)
         return attention.written
 
     def look(self, layer: int, hidden: Tensor, attention: Attention) -> Tensor:

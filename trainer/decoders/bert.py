@@ -62,7 +62,7 @@ class Decoder(Base):
                 "intermediate_size": 4 * config.width,
                 "num_hidden_layers": config.layers,
                 "num_attention_heads": config.heads,
-                "max_position_embeddings": config.max_length + reading.placed,
+                "max_position_embeddings": config.max_length + reading.room,
                 "initializer_range": spread,
             },
             always={
@@ -75,7 +75,7 @@ class Decoder(Base):
                 "is_decoder": True,
             },
         )
-        room = sizes.max_position_embeddings - reading.placed
+        room = sizes.max_position_embeddings - reading.room
         check_sizes(config, text, sizes.vocab_size, room)
         super().__init__(
             config,

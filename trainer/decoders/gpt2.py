@@ -33,7 +33,7 @@ class Decoder(Base):
             config,
             scratch={
                 "vocab_size": text.vocab_size,
-                "n_positions": config.max_length + reading.placed,
+                "n_positions": config.max_length + reading.room,
                 "n_embd": config.width,
                 "n_layer": config.layers,
                 "n_head": config.heads,
@@ -51,7 +51,7 @@ class Decoder(Base):
             raise ConfigError(
                 f"{config.weights}: scales attention by layer, which decoder gpt2 does not do"
             )
-        check_sizes(config, text, sizes.vocab_size, sizes.n_positions - reading.placed)
+        check_sizes(config, text, sizes.vocab_size, sizes.n_positions - reading.room)
         super().__init__(
             config,
             reading,

@@ -35,7 +35,7 @@ class Decoder(Base):
     def __init__(self, config: Config, *, text: TextSpec, reading: Reading) -> None:
         if reading.kind == "cross_attention":
             reading = Reading("gated")
-        positions = config.max_length + reading.placed
+        positions = config.max_length + reading.room
         sizes = configured(
             LlamaConfig,
             config,
@@ -56,7 +56,7 @@ class Decoder(Base):
                 "pad_token_id": text.pad_id,
             },
         )
-        room = sizes.max_position_embeddings - reading.placed
+        room = sizes.max_position_embeddings - reading.room
         check_sizes(config, text, sizes.vocab_size, room)
         super().__init__(
             config,

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from trainer.captioner import Captioner
 from trainer.dataset import CaptionDataset
 from trainer.objectives._captioning import CaptioningConfig
-from trainer.objectives._pairs import Labels, belongs, matcher_of
+from trainer.objectives._pairs import Labels, belongs, check_matcher, matcher_of
 
 _COLDEST, _WARMEST = 0.001, 0.5
 _NOBODY = -1  # whose the keys are that the queue begins with
@@ -102,12 +102,12 @@ class Contrast(nn.Module):
         super().__init__()
         self._config, self._images = config, len(dataset)
         self._new: list[_Keys] = []
-        matcher = matcher_of(captioner, objective)
+        check_matcher(captioner, objective)
         self.towers: Towers | None = None
         if config.momentum:
             self.towers = Towers(captioner)
             size, captions = min(config.queue, len(dataset)), dataset.captions
-            width = matcher.image_projection.out_features
+            width = matcher_of(captioner).image_projection.out_features
             vectors = F.normalize(torch.randn(size, 1 + captions, width), dim=2)
             self.register_buffer("image_queue", vectors[:, 0].clone())
             self.register_buffer("caption_queue", vectors[:, 1:].clone())
@@ -158,8 +158,7 @@ class Contrast(nn.Module):
     @torch.no_grad()
     def after_step(self, captioner: Captioner) -> None:
         """Bounds the temperature, moves the copies, and puts the step's keys into the queue."""
-        assert captioner.matcher is not None
-        captioner.matcher.temperature.clamp_(_COLDEST, _WARMEST)
+        matcher_of(captioner).temperature.clamp_(_COLDEST, _WARMEST)
         if self.towers is None:
             return
         self.towers.follow(captioner, self._config.momentum)
@@ -203,8 +202,7 @@ class _Keys:
 
 def temperature_of(captioner: Captioner) -> Tensor:
     """Returns the learnt temperature, within its bounds."""
-    assert captioner.matcher is not None
-    return captioner.matcher.temperature.clamp(_COLDEST, _WARMEST)
+    return matcher_of(captioner).temperature.clamp(_COLDEST, _WARMEST)
 
 
 def soft_cross_entropy(logits: Tensor, right: Tensor, said: Tensor, alpha: float) -> Tensor:

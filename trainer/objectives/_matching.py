@@ -94,7 +94,7 @@ def matching_loss(
 
 def _match(captioner: Captioner, batch: dict[str, Any], texts: Tensor, memory: Memory) -> Tensor:
     """Returns logits (N, 2) of the batch's captions numbered `texts` (N,)."""
-    matcher = matcher_of(captioner, "itm")
+    matcher = matcher_of(captioner)
     token_ids, lengths = batch["token_ids"][texts], batch["lengths"][texts]
     return matcher.match_logits(captioner.decoder, token_ids, lengths, memory)
 

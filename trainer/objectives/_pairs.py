@@ -31,18 +31,19 @@ def check_reads(captioner: Captioner, objective: str) -> None:
         )
 
 
-def matcher_of(captioner: Captioner, objective: str) -> Matcher:
-    """Returns the captioner's matcher.
-
-    Raises:
-        ConfigError: it has none, or its decoder cannot read.
-    """
+def check_matcher(captioner: Captioner, objective: str) -> None:
+    """Raises ConfigError unless the captioner has a matcher, and its decoder reads."""
     check_reads(captioner, objective)
     if captioner.matcher is None:
         raise ConfigError(
             f"objective {objective} trains heads that tell whether a caption belongs to an image: "
             "add a [matcher] table"
         )
+
+
+def matcher_of(captioner: Captioner) -> Matcher:
+    """Returns the captioner's matcher, which was checked (`check_matcher`)."""
+    assert captioner.matcher is not None
     return captioner.matcher
 
 

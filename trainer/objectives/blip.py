@@ -62,7 +62,7 @@ class Objective(CaptioningObjective):
             batch: as `CaptionDataset.collate` makes it.
         """
         captioner, config = self.captioner, self._config
-        matcher = matcher_of(captioner, "blip")
+        matcher = matcher_of(captioner)
         memory, pooled = captioner.memory_and_pooled(batch["images"])
         images = matcher.embed_images(pooled)
         captions = matcher.embed_captions(captioner.decoder, batch["token_ids"], batch["lengths"])

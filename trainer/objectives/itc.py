@@ -39,7 +39,7 @@ class Objective(CaptioningObjective):
             batch: as `CaptionDataset.collate` makes it.
         """
         captioner = self.captioner
-        matcher = matcher_of(captioner, "itc")
+        matcher = matcher_of(captioner)
         images = matcher.embed_images(captioner.encoder(batch["images"])[1])
         captions = matcher.embed_captions(captioner.decoder, batch["token_ids"], batch["lengths"])
         return self.contrast(captioner, images, captions, batch)

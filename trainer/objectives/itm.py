@@ -14,7 +14,7 @@ from trainer.dataset import CaptionDataset
 from trainer.objectives._captioning import CaptioningObjective
 from trainer.objectives._contrast import temperature_of
 from trainer.objectives._matching import MatchingConfig, matching_loss
-from trainer.objectives._pairs import Labels, belongs, matcher_of
+from trainer.objectives._pairs import Labels, belongs, check_matcher, matcher_of
 
 
 class Config(MatchingConfig):
@@ -34,7 +34,7 @@ class Objective(CaptioningObjective):
     def __init__(self, config: Config, captioner: Captioner, dataset: CaptionDataset) -> None:
         super().__init__(config, captioner)
         del dataset  # whatever this loss needs of it is in the batches
-        matcher_of(captioner, "itm")
+        check_matcher(captioner, "itm")
         self._easy = config.easy_negatives
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ class Objective(CaptioningObjective):
         """
         captioner = self.captioner
         memory, pooled = captioner.memory_and_pooled(batch["images"])
-        matcher = matcher_of(captioner, "itm")
+        matcher = matcher_of(captioner)
         with torch.no_grad():
             captions = matcher.embed_captions(
                 captioner.decoder, batch["token_ids"], batch["lengths"]
