@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from exports.bundle import Bundle
 from exports.manifest import Generation
-from serving.captioner import Caption, Params
 from serving.captioner import Captioner as Served
 from serving.engine import Engine, EngineMetrics
 from serving.errors import CaptionFailed
+from serving.params import Caption, Params
 from serving.step_model import Floats, Ints, Rows
 from trainer.captioner import Captioner
 from trainer.compression import round_weights

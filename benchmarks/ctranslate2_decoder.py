@@ -21,8 +21,9 @@ from ctranslate2_side import REQUIREMENT, CTranslate2, Decoded, DecoderSide, Flo
 from numpy.typing import NDArray
 
 from exports.manifest import Generation
-from serving.captioner import Captioner, Params
+from serving.captioner import Captioner
 from serving.errors import CaptionError
+from serving.params import Params
 from trainer.captioner import Captioner as TorchCaptioner
 from trainer.decoding import TorchSteps, beam_search
 from trainer.errors import TrainerError

@@ -40,8 +40,9 @@ from servers import Command, ours, running
 
 from exports.bundle import Bundle
 from exports.images import ImageSpec, preprocess
-from serving.captioner import Captioner, Params
+from serving.captioner import Captioner
 from serving.errors import CaptionFailed
+from serving.params import Params
 
 PATHS = {
     "plain": "/v1/captions",

@@ -20,8 +20,9 @@ from statistics import median
 import numpy as np
 from common import machine, main, parser, photographs, table
 
-from serving.captioner import Captioner, Params
+from serving.captioner import Captioner
 from serving.engine import Engine
+from serving.params import Params
 from trainer.photos import load_pixels
 
 BATCHES = (8, 32)

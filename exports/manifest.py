@@ -25,6 +25,7 @@ VERSION_PATTERN = re.compile(r"[0-9][A-Za-z0-9._-]{0,63}")
 Evidence = Literal["itm", "clip"]
 """What tells whether a caption fits its image: the matcher's classifier, or nearness."""
 Rerank = Literal["none", "itm", "clip"]
+Dtype = Literal["float32", "float16"]
 _SMALLEST_MATCH = 1e-9
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _FILE_PATTERN = re.compile(rf"{_PART}(/{_PART})*")
@@ -64,8 +65,8 @@ class _Strict(BaseModel):
 class EncoderSpec(_Strict):
     """The encoder graph: uint8 images (B, H, W, 3) to the decoder's memory.
 
-    Each output is float32 (B, ...); `outputs` names them in the graph's order, with the image's
-    embedding where there is a matcher.
+    Each output is (B, ...); `outputs` names them in the graph's order, with the image's embedding
+    where there is a matcher.
     """
 
     file: FileName = "encoder.onnx"
@@ -77,7 +78,8 @@ class DecoderSpec(_Strict):
     """The decode-step graph, with its tensors by name.
 
     `cache` names keys and values by turns: k.0 v.0 k.1 v.1 ...; `heads` and `head_dim` are its own.
-    What a graph changes in place goes in as `name` and comes out as `next_name(name)`.
+    What a graph changes in place goes in as `name` and comes out as `next_name(name)`. `dtype` is
+    that of `memory` and `cache`, in whichever graph they stand; all other floats are float32.
     """
 
     file: FileName = "decoder.onnx"
@@ -86,6 +88,7 @@ class DecoderSpec(_Strict):
     head_dim: int = Field(ge=1)
     memory: tuple[str, ...] = Field(min_length=1)
     cache: tuple[str, ...]
+    dtype: Dtype = "float32"
 
     @model_validator(mode="after")
     def _two_caches_a_layer(self) -> "DecoderSpec":
@@ -205,6 +208,10 @@ class Manifest(_Strict):
     `files` lists every file of the bundle but the manifest itself; it is empty until the bundle is
     written. `metrics` and `provenance` are free JSON: figures with their intervals, and the
     resolved recipe, data, base weights and parity report.
+
+    `prompt_ids` stand between bos and whatever is written. A prefix that is asked for comes after
+    them. They are no part of a caption: neither its text nor its ids have them, no score counts
+    them, and a matcher does not read them.
     """
 
     schema_version: Literal[2] = 2
@@ -220,6 +227,7 @@ class Manifest(_Strict):
     matcher: MatcherSpec | None = None
     join_file: FileName = JOIN_FILE
     tokenizer_file: FileName = "tokenizer.json"
+    prompt_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     defaults: Generation = Generation()
     golden: tuple[Golden, ...] = ()
     metrics: dict[str, JsonValue] = {}
@@ -241,6 +249,16 @@ class Manifest(_Strict):
             )
         if not memory.issuperset(self.matcher.memory):
             raise ValueError("matcher.memory names tensors that decoder.memory does not")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_fits(self) -> "Manifest":
+        if max(self.prompt_ids, default=0) >= self.text.vocab_size:
+            raise ValueError("prompt_ids has an id outside of text.vocab_size")
+        if len(self.prompt_ids) > self.text.max_length - 2:
+            raise ValueError(
+                f"prompt_ids leave no room for a word in {self.text.max_length} tokens"
+            )
         return self
 
     @property

@@ -7,19 +7,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 from pydantic import ValidationError
 
 from exports.errors import ExportsError
+from exports.manifest import Rerank
 from exports.registry import Registry
-from serving.captioner import SLOTS, Caption, Captioner, Params
+from serving.captioner import SLOTS, Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import CaptionError, UndecodableImage
+from serving.params import Caption, Params
 from serving.schema import CaptionAnswer
 from serving.session import Pixels
 from serving.settings import Settings
 
-_GENERATION = ("num_beams", "num_captions", "max_new_tokens", "length_penalty", "prefix")
+_CHOSEN = ("num_beams", "num_captions", "max_new_tokens", "length_penalty", "prefix", "rerank")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-new-tokens", type=int)
     command.add_argument("--length-penalty", type=float)
     command.add_argument("--prefix", help="words that each caption must begin with")
+    command.add_argument(
+        "--rerank",
+        choices=get_args(Rerank),
+        help="sort captions by how well each fits; needs a model with a matcher",
+    )
     command.add_argument("--json", action="store_true", help="one JSON object a photo")
     command.set_defaults(command=_caption)
     return parser
@@ -87,7 +95,7 @@ def _up(arguments: argparse.Namespace, settings: Settings) -> int:
 def _caption(arguments: argparse.Namespace, settings: Settings) -> int:
     bundle = Registry(settings.registry).resolve(settings.model)
     captioner = Captioner.load(bundle.path, threads=settings.threads, provider=settings.provider)
-    chosen = {name: getattr(arguments, name) for name in _GENERATION}
+    chosen = {name: getattr(arguments, name) for name in _CHOSEN}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     params = Params.of(captioner.manifest.defaults, **chosen)
     captioner.check(params)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path
 
-from serving.captioner import Caption, Captioner, Params
+from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.edge import Edge, until_gone
 from serving.engine import Engine
@@ -25,6 +25,7 @@ from serving.errors import CaptionError, DeadlineExceeded, NotReady, UnknownMode
 from serving.limits import Budget
 from serving.metrics import Metrics
 from serving.openapi import captions_operation, describe, documented
+from serving.params import Caption, Params
 from serving.problem import plain_problem, problem
 from serving.request import CaptionCall, read_call
 from serving.schema import (

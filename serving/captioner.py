@@ -1,65 +1,28 @@
 """A loaded bundle: pixels in, captions out."""
 
 import logging
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from exports.bundle import Bundle
 from exports.errors import ExportsError
 from exports.images import ImageSpec
-from exports.manifest import Generation, Manifest, Rerank
+from exports.manifest import Manifest
 from exports.text import Tokenizer
 from serving.beam import Beams, Done, Hypothesis
-from serving.candidates import MAX_BEAMS
-from serving.decode_image import ImageLimits, decode_image
 from serving.decoding import Observer
-from serving.errors import BundleRejected, CaptionError, CaptionFailed, ParameterError
-from serving.group import BeamParams
-from serving.limits import MAX_LENGTH_PENALTY
+from serving.errors import BundleRejected, CaptionFailed
 from serving.matcher import Match, Wish
 from serving.memories import Encoded, MemoryCache
+from serving.params import Caption, Params, Result, beam_params
+from serving.proof import not_shown, prove
 from serving.session import Graphs, OnnxSession, Pixels, Provider
 
 logger = logging.getLogger(__name__)
 
 SLOTS = 64  # images that one captioner searches at once
-
-
-@dataclass(frozen=True, slots=True)
-class Params:
-    """How one image is captioned: the fields of `Generation`, words to begin with, the order."""
-
-    num_beams: int
-    num_captions: int
-    max_new_tokens: int
-    min_new_tokens: int
-    length_penalty: float
-    no_repeat_ngram_size: int
-    prefix: str = ""
-    rerank: Rerank = "none"
-
-    @classmethod
-    def of(cls, defaults: Generation, **chosen: Any) -> "Params":
-        """Returns a bundle's defaults, but for the fields that are chosen."""
-        return cls(**{**defaults.model_dump(), **chosen})
-
-
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """One caption, as `Hypothesis` says, with its text, and what it was reranked by, if it was."""
-
-    text: str
-    score: float
-    log_prob: float
-    tokens: int
-    token_ids: tuple[int, ...]
-    match: float | None = None
-    similarity: float | None = None
-
-
-Result = list[Caption] | CaptionFailed
 
 
 class Captioner:
@@ -117,8 +80,13 @@ class Captioner:
         except BundleRejected as error:
             raise BundleRejected(f"{path}: {error.detail}") from error
         except Exception as error:  # ONNX Runtime's errors share no base but this
-            raise _not_shown(f"{path}: the graphs do not load") from error
-        captioner._prove(bundle)
+            raise not_shown(f"{path}: the graphs do not load") from error
+        prove(bundle, captioner._golden_answers)
+        if manifest.decoder.dtype == "float16" and session.device == "cpu":
+            logger.warning(
+                "%s is in half precision, for GPUs: on a CPU it is slower than in float32 or int8",
+                captioner._called,
+            )
         return captioner
 
     @property
@@ -138,7 +106,7 @@ class Captioner:
 
     def check(self, params: Params) -> None:
         """Raises ParameterError if this model cannot search by `params`."""
-        self._search_params(params)
+        beam_params(params, self.manifest, self._tokenizer)
 
     @property
     def rows(self) -> int:
@@ -167,7 +135,7 @@ class Captioner:
         Raises:
             ParameterError: An entry of `params` is out of range.
         """
-        slot = self._beams.join(self._search_params(params))
+        slot = self._beams.join(beam_params(params, self.manifest, self._tokenizer))
         try:
             self._decoding.place(encoded.memory, [encoded.index], [slot])
         except Exception:
@@ -227,19 +195,28 @@ class Captioner:
         """
         for entry in set(params):
             self.check(entry)
-        found: dict[int, Result] = {}
+        found: list[Result] = []
         images = list(zip(pixels, params, strict=True))
         for start in range(0, len(images), self._slots):
             part = images[start : start + self._slots]
             encoded = self.encode([image for image, _ in part], observer)
-            places = {
-                self.join(one, entry): start + place
-                for place, (one, (_, entry)) in enumerate(zip(encoded, part, strict=True))
-            }
-            while places:
-                for slot, result in self.step(observer):
-                    found[places.pop(slot)] = result
-        return [found[place] for place in range(len(images))]
+            found += self._caption_encoded(encoded, [entry for _, entry in part], observer)
+        return found
+
+    def _caption_encoded(
+        self, encoded: Sequence[Encoded], params: Sequence[Params], observer: Observer | None = None
+    ) -> list[Result]:
+        """Returns the captions of each image; those that find no slot wait for one."""
+        waiting = deque(enumerate(zip(encoded, params, strict=True)))
+        places: dict[int, int] = {}
+        found: dict[int, Result] = {}
+        while waiting or places:
+            while waiting and self.free_slots:
+                at, pair = waiting.popleft()
+                places[self.join(*pair)] = at
+            for slot, result in self.step(observer):
+                found[places.pop(slot)] = result
+        return [found[at] for at in range(len(encoded))]
 
     @property
     def _called(self) -> str:
@@ -251,10 +228,12 @@ class Captioner:
             return self._not_finite
         if not done.hypotheses:
             return CaptionFailed("The model found no caption for this image by these parameters.")
+        prompt = len(self.manifest.prompt_ids)
+        found = [replace(one, token_ids=one.token_ids[prompt:]) for one in done.hypotheses]
         if wish is None or self._matcher is None:
-            return [self._caption(hypothesis) for hypothesis in done.hypotheses]
+            return [self._caption(hypothesis) for hypothesis in found]
         try:
-            best = self._matcher.best(done.hypotheses, wish, observer)
+            best = self._matcher.best(found, wish, observer)
         except Exception:  # it costs this image its captions, and no other
             logger.exception("captions could not be matched with their image")
             return CaptionFailed(f"{self._called} failed on this image.")
@@ -274,88 +253,13 @@ class Captioner:
             **(match._asdict() if match else {}),
         )
 
-    def _search_params(self, params: Params) -> BeamParams:
-        text = self.manifest.text
-        prefix_ids = tuple(self._tokenizer.prefix_ids(params.prefix))
-        room = text.max_length - 1 - len(prefix_ids)
-        widest = min(text.vocab_size, MAX_BEAMS)
-        _require(1 <= params.num_beams <= widest, "num_beams", f"1 to {widest}")
-        _require(
-            1 <= params.num_captions <= params.num_beams,
-            "num_captions",
-            f"1 to num_beams, here {params.num_beams}",
-        )
-        _require(params.max_new_tokens >= 1, "max_new_tokens", "1 or more")
-        _require(room >= 1, "prefix", f"shorter: the model writes {text.max_length - 1} tokens")
-        longest = min(params.max_new_tokens, room)
-        _require(
-            0 <= params.min_new_tokens <= longest,
-            "min_new_tokens",
-            f"0 to {longest}, the longest caption that these parameters allow",
-        )
-        _require(
-            abs(params.length_penalty) <= MAX_LENGTH_PENALTY,
-            "length_penalty",
-            f"{-MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}",
-        )
-        _require(params.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", "0 or more")
-        reranks = self.manifest.reranks
-        reason = "" if self._matcher else f", since {self._called} has no matcher"
-        _require(params.rerank in reranks, "rerank", " or ".join(reranks) + reason)
-        return BeamParams(
-            num_beams=params.num_beams,
-            # What is reranked is cut afterwards.
-            num_captions=params.num_captions if params.rerank == "none" else params.num_beams,
-            max_new_tokens=params.max_new_tokens,
-            min_new_tokens=params.min_new_tokens,
-            length_penalty=params.length_penalty,
-            no_repeat_ngram_size=params.no_repeat_ngram_size,
-            prefix_ids=prefix_ids,
-        )
-
-    def _prove(self, bundle: Bundle) -> None:
-        """Captions the golden images, which also warms up; raises BundleRejected."""
+    def _golden_answers(self, pixels: Sequence[Pixels]) -> tuple[list[Result], list[str]]:
+        """Returns the golden images' captions, and what the matcher says wrongly of each."""
         golden = self.manifest.golden
-        if not golden:
-            raise BundleRejected(f"{bundle.path}: without golden captions there is no proof")
-        try:
-            pixels = [
-                decode_image(bundle.read(entry.image), self.image_spec, ImageLimits())
-                for entry in golden
-            ]
-            params = [Params.of(self.manifest.defaults)] * len(golden)
-            found = self.caption_batch(pixels, params)
-            faults = self._match_faults(pixels)
-        except CaptionError as error:
-            raise BundleRejected(f"{bundle.path}: {error.detail}") from error
-        except Exception as error:  # a graph may fail in any way
-            raise _not_shown(f"{bundle.path}: the graphs do not run") from error
-        for entry, captions in zip(golden, found, strict=True):
-            if isinstance(captions, CaptionFailed):
-                raise BundleRejected(f"{bundle.path}: {entry.image}: {captions.detail}")
-            if captions[0].token_ids != entry.token_ids:
-                raise BundleRejected(
-                    f"{bundle.path}: {entry.image} is captioned {captions[0].text!r},"
-                    f" but the manifest promises {entry.text!r}"
-                )
-        for entry, fault in zip(golden, faults, strict=False):
-            if fault:
-                raise BundleRejected(f"{bundle.path}: {entry.image}: {fault}")
-
-    def _match_faults(self, pixels: Sequence[Pixels]) -> list[str]:
-        """Returns what the matcher says wrongly of each golden image, if there is a matcher."""
+        encoded = self.encode(pixels)
+        params = [Params.of(self.manifest.defaults)] * len(encoded)
+        found = self._caption_encoded(encoded, params)
         if self._matcher is None:
-            return []
-        encoded = zip(self.manifest.golden, self.encode(pixels), strict=True)
-        return [self._matcher.fault(entry, one.memory, one.index) for entry, one in encoded]
-
-
-def _not_shown(what: str) -> BundleRejected:
-    """Logs the error that is being handled; its words, ONNX Runtime's, are not for clients."""
-    logger.exception(what)
-    return BundleRejected(f"{what}; the server's log says why")
-
-
-def _require(holds: bool, name: str, allowed: str) -> None:
-    if not holds:
-        raise ParameterError(f"{name} must be {allowed}.")
+            return found, [""] * len(golden)
+        pairs = zip(golden, encoded, strict=True)
+        return found, [self._matcher.fault(entry, one.memory, one.index) for entry, one in pairs]

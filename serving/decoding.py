@@ -22,6 +22,7 @@ FED = ("token_ids", "position", "write", "row_cell", "cell_row", "visible", "top
 FED_IF_ASKED = "node_position"
 ANSWERED = ("log_probs", "ids")
 _SHAPES = 64  # of steps, whose bindings are kept
+_BYTES = {"tensor(float)": 4, "tensor(float16)": 2}
 
 
 class Observer(Protocol):
@@ -56,7 +57,7 @@ class Memory:
     def size(self) -> int:
         """Bytes."""
         kept = self.values if self.image_embedding is None else (*self.values, self.image_embedding)
-        return sum(4 * int(np.prod(value.shape())) for value in kept)
+        return sum(_BYTES[value.data_type()] * int(np.prod(value.shape())) for value in kept)
 
 
 class Decoding:
@@ -84,6 +85,7 @@ class Decoding:
         self._bound: OrderedDict[tuple[int, ...], _Bound] = OrderedDict()  # used last is last
         self._joining = join.io_binding()
         self._joined: Memory | None = None  # what `_joining` has bound
+        self._dtype = np.dtype(spec.dtype)
         inputs = {tensor.name: tensor for tensor in session.get_inputs()}
         self._wants_positions = FED_IF_ASKED in inputs
         self._memory = {name: self._arena(slots, *inputs[name].shape[1:]) for name in spec.memory}
@@ -135,13 +137,13 @@ class Decoding:
 
     def _arena(self, *shape: int) -> ort.OrtValue:
         """Returns zeros; on a CPU no page of them is taken before it is written."""
-        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype=np.float32), self._device)
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype), self._device)
 
     def _grow(self, nodes: int) -> None:
         """Makes room for more nodes in every slot."""
         for name, arena in self._cache.items():
             old = arena.numpy()
-            new = np.zeros((*old.shape[:2], nodes, old.shape[3]), dtype=np.float32)
+            new = np.zeros((*old.shape[:2], nodes, old.shape[3]), self._dtype)
             new[:, :, : old.shape[2]] = old
             self._cache[name] = ort.OrtValue.ortvalue_from_numpy(new, self._device)
 
@@ -154,7 +156,7 @@ class Decoding:
         binding = self._session.io_binding()
         for name, arena in (*self._memory.items(), *self._cache.items()):
             # The first slots of the arena, which are as good as an arena of so many.
-            place = (self._device, 0, np.float32, (slots, *arena.shape()[1:]), arena.data_ptr())
+            place = (self._device, 0, self._dtype, (slots, *arena.shape()[1:]), arena.data_ptr())
             binding.bind_input(name, *place)
             if name in self._cache:
                 binding.bind_output(next_name(name), *place)

@@ -18,9 +18,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from serving.captioner import Caption, Captioner, Params
+from serving.captioner import Captioner
 from serving.decoding import Observer
 from serving.errors import DeadlineExceeded, NotReady, QueueFull
+from serving.params import Caption, Params
 from serving.session import Pixels
 from serving.waiter import Result, Waiter, deliver, told
 

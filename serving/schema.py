@@ -67,7 +67,7 @@ class CaptionRequest(CaptionParameters):
 
 
 class CaptionAnswer(BaseModel):
-    """One caption of an image: what clients read of a `serving.captioner.Caption`."""
+    """One caption of an image: what clients read of a `serving.params.Caption`."""
 
     model_config = ConfigDict(from_attributes=True)
 

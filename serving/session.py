@@ -1,6 +1,6 @@
 """A bundle under ONNX Runtime: its graphs, checked against the manifest, and how they run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from threading import Lock
 from time import perf_counter
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from exports.bundle import Bundle
-from exports.manifest import Manifest, encoded_name, next_name
+from exports.manifest import Dtype, Manifest, encoded_name, next_name
 from serving.decoding import ANSWERED, FED, FED_IF_ASKED, Decoding, Memory, Observer
 from serving.errors import BundleRejected
 from serving.matcher import ANSWERED as MATCHER_ANSWERED
@@ -20,6 +20,8 @@ from serving.matcher import Matcher
 
 Provider = Literal["auto", "cpu", "cuda"]
 Pixels = npt.NDArray[np.uint8]
+
+_TYPES: dict[Dtype, str] = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 
 _CUDA_OPTIONS = {
     "cudnn_conv_algo_search": "HEURISTIC",  # a search at every new batch size takes seconds
@@ -81,24 +83,30 @@ class OnnxSession:
         self._join = _load(graphs.join, 1, self.device)
         memory, cache = manifest.decoder.memory, manifest.decoder.cache
         asked = [i.name for i in self._decoder.get_inputs() if i.name == FED_IF_ASKED]
-        _check("the encoder", self._encoder, (manifest.encoder.input,), manifest.encoder.outputs)
+        kept = dict.fromkeys((*memory, *cache, *map(encoded_name, memory)), manifest.decoder.dtype)
+        kept |= {next_name(name): dtype for name, dtype in kept.items()}
+        _check(
+            "the encoder", self._encoder, (manifest.encoder.input,), manifest.encoder.outputs, kept
+        )
         _check(
             "the decoder",
             self._decoder,
             (*FED, *asked, *cache, *memory),
             (*ANSWERED, *map(next_name, cache)),
+            kept,
         )
         _check(
             "the join",
             self._join,
             ("source", "slot", *memory, *map(encoded_name, memory)),
             [*map(next_name, memory)],
+            kept,
         )
         self.matcher: Matcher | None = None
         if manifest.matcher is not None and graphs.matcher is not None:
             spec, session = manifest.matcher, _load(graphs.matcher, threads, self.device)
             fed = (*MATCHER_FED, *spec.memory, spec.image_embedding)
-            _check("the matcher", session, fed, MATCHER_ANSWERED)
+            _check("the matcher", session, fed, MATCHER_ANSWERED, kept)
             self.matcher = Matcher(session, manifest, spec, self._turn)
 
     def encode(self, pixels: Pixels, observer: Observer | None = None) -> Memory:
@@ -161,8 +169,13 @@ def _load(graph: bytes, threads: int, device: str) -> ort.InferenceSession:
 
 
 def _check(
-    what: str, session: ort.InferenceSession, inputs: Sequence[str], outputs: Sequence[str]
+    what: str,
+    session: ort.InferenceSession,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dtypes: Mapping[str, Dtype],
 ) -> None:
+    """Raises BundleRejected unless tensors have these names, and floats are float32 or `dtypes`."""
     for kind, named, has in (
         ("inputs", inputs, session.get_inputs()),
         ("outputs", outputs, session.get_outputs()),
@@ -170,3 +183,7 @@ def _check(
         found = {tensor.name for tensor in has}
         if found != set(named):
             raise BundleRejected(f"{what} has the {kind} {sorted(found)}, not {sorted(named)}")
+        for tensor in has:
+            wanted = dtypes.get(tensor.name, "float32")
+            if tensor.type in _TYPES.values() and tensor.type != _TYPES[wanted]:
+                raise BundleRejected(f"{what} has {tensor.name} as {tensor.type}, not in {wanted}")

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from serving.captioner import Caption, Captioner, Params
+from serving.captioner import Captioner
 from serving.errors import CaptionError, CaptionFailed
 from serving.memories import Encoded
+from serving.params import Caption, Params
 from serving.session import Pixels
 
 logger = logging.getLogger(__name__)

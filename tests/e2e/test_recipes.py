@@ -13,7 +13,7 @@ import torch
 from exports.bundle import Bundle
 from exports.manifest import Generation
 from serving.captioner import Captioner as Served
-from serving.captioner import Params
+from serving.params import Params
 from trainer.checkpoint import load_checkpoint
 from trainer.compression import round_weights
 from trainer.config import read_recipe, validate

@@ -17,8 +17,9 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from exports.images import preprocess
 from exports.registry import Registry
-from serving.captioner import Captioner, Params
+from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
+from serving.params import Params
 from trainer.__main__ import main
 
 PROCESSORS = {

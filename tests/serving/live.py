@@ -13,10 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from exports.registry import Registry
 from serving.app import create_app
-from serving.captioner import Params
 from serving.decode_image import ImageLimits, decode_image
 from serving.engine import Engine
 from serving.metrics import Metrics
+from serving.params import Params
 from serving.settings import Settings
 from serving.swap import ModelManager
 

@@ -8,9 +8,10 @@ import pytest
 from tiny_bundle import TEXT
 
 from exports.bundle import Bundle, write_bundle
-from serving.captioner import Captioner, Params
+from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionFailed, ParameterError
+from serving.params import Params
 
 
 @pytest.fixture(scope="module")

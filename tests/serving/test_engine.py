@@ -10,10 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from serving.captioner import Caption, Captioner, Params
+from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.engine import Engine
 from serving.errors import CaptionFailed, DeadlineExceeded, NotReady, QueueFull
+from serving.params import Caption, Params
 
 PARAMS = Params(1, 1, 8, 0, 1.0, 0)
 PATIENCE_S = 10.0

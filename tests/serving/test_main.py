@@ -15,7 +15,9 @@ import pytest
 
 from exports.registry import Registry
 from serving.__main__ import main
+from serving.decode_image import ImageLimits, decode_image
 from serving.local import _not_ready
+from serving.params import Params
 from serving.settings import Settings
 
 
@@ -23,6 +25,7 @@ from serving.settings import Settings
 def root(tmp_path_factory, tiny_bundles):
     root = tmp_path_factory.mktemp("registry")
     Registry(root).publish(tiny_bundles.one)
+    Registry(root).publish(tiny_bundles.matching, model="matching")
     return root
 
 
@@ -63,6 +66,27 @@ def test_json_has_the_n_best(caption):
     assert [one["text"] in text for one in answer["captions"]] == [True, True]
 
 
+def test_captions_are_reranked(caption, matching_captioner, photos):
+    wide = ("--model", "matching", "--num-beams", "6", "--num-captions", "6", "--json")
+    found = {}
+    for how in ("none", "itm", "clip"):
+        code, out, _ = caption("0.png", *wide, "--rerank", how)
+        assert code == 0
+        found[how] = json.loads(out)["captions"]
+    assert all(one["match"] is None for one in found["none"])
+    limits = ImageLimits()
+    pixels = [decode_image(photos[0], matching_captioner.image_spec, limits)]
+    for how in ("itm", "clip"):
+        params = Params.of(
+            matching_captioner.manifest.defaults, num_beams=6, num_captions=6, rerank=how
+        )
+        [expected] = matching_captioner.caption_batch(pixels, [params])
+        assert [one["text"] for one in found[how]] == [one.text for one in expected]
+        assert [one["match"] for one in found[how]] == [one.match for one in expected]
+    orders = {tuple(one["text"] for one in captions) for captions in found.values()}
+    assert len(orders) > 1
+
+
 def test_a_bad_file_is_named_and_the_others_are_done(caption, monkeypatch):
     monkeypatch.setenv("CUTLINE_MAX_BATCH_SIZE", "2")
     code, out, err = caption("0.png", "letter.jpg", "none.png", "1.png", "2.png")
@@ -79,6 +103,7 @@ def test_a_bad_file_is_named_and_the_others_are_done(caption, monkeypatch):
         (("0.png", "--model", "vlm"), "vlm"),
         (("0.png", "--num-beams", "0"), "num_beams"),
         (("0.png", "--threads", "0"), "threads"),
+        (("0.png", "--rerank", "itm"), "rerank must be none, since tiny@1 has no matcher"),
     ],
 )
 def test_a_wrong_argument_is_one_line(caption, arguments, words):

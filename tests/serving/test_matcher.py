@@ -9,10 +9,12 @@ from live import as_base64, captions_of, check_problem, running, until
 
 from exports.registry import Registry
 from exports.text import framed
-from serving.captioner import Captioner, Params
+from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionFailed, ParameterError
 from serving.matcher import Match
+from serving.params import Params
+from serving.session import OnnxSession
 
 NEAR = 1e-6  # float32, where captions are fewer or padded less
 
@@ -193,6 +195,18 @@ def test_reranking_without_a_matcher_is_refused(tiny_captioner, matching_caption
 def test_a_golden_caption_must_fit_as_promised(tiny_bundles):
     with pytest.raises(BundleRejected, match=r"golden/1\.png: the match of '.+' is 0\.\d+, but"):
         Captioner.load(tiny_bundles.broken_match, threads=1)
+
+
+def test_the_proof_encodes_each_golden_image_once(tiny_bundles, monkeypatch):
+    encoded, encode = [], OnnxSession.encode
+
+    def counted(session, pixels, observer=None):
+        encoded.append(len(pixels))
+        return encode(session, pixels, observer)
+
+    monkeypatch.setattr(OnnxSession, "encode", counted)
+    captioner = Captioner.load(tiny_bundles.matching, threads=1)
+    assert encoded == [len(captioner.manifest.golden)]
 
 
 def test_captions_are_framed_for_the_matcher(tiny_captioner):

@@ -161,6 +161,14 @@ def test_graphs_that_the_manifest_does_not_describe_are_refused(bundle):
             OnnxSession(wrong, bundle.manifest, threads=1)
 
 
+def test_graphs_of_another_precision_than_the_manifest_s_are_refused(bundle):
+    half = bundle.manifest.decoder.model_copy(update={"dtype": "float16"})
+    manifest = bundle.manifest.model_copy(update={"decoder": half})
+    told = r"the encoder has memory_k.0 as tensor\(float\), not in float16"
+    with pytest.raises(BundleRejected, match=told):
+        OnnxSession(Graphs.read(bundle), manifest, threads=1)
+
+
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in ort.get_available_providers(), reason="CUDA is there"
 )
