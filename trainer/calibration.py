@@ -81,13 +81,8 @@ class Ranges:
         return Range(float(np.mean(lows)), float(np.mean(highs)))
 
 
-def observe(
-    model: onnx.ModelProto, tensors: Sequence[str], feeds: Iterable[Mapping[str, NDArray[Any]]]
-) -> Iterator[dict[str, NDArray[Any]]]:
-    """Yields the named tensors' values, inputs' or nodes' outputs, for one feed after the other.
-
-    The graph is run as it stands, on the CPU and without optimisation.
-    """
+def revealing(model: onnx.ModelProto, tensors: Sequence[str]) -> onnxruntime.InferenceSession:
+    """Returns the graph with the named tensors for outputs, on the CPU and not optimised."""
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
     del shown.graph.output[:]
@@ -95,9 +90,19 @@ def observe(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
+    return onnxruntime.InferenceSession(
         shown.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def observe(
+    model: onnx.ModelProto, tensors: Sequence[str], feeds: Iterable[Mapping[str, NDArray[Any]]]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Yields the named tensors' values, inputs' or nodes' outputs, for one feed after the other.
+
+    The graph is run as it stands, on the CPU and without optimisation.
+    """
+    session = revealing(model, tensors)
     for feed in feeds:
         yield dict(zip(tensors, session.run(list(tensors), dict(feed)), strict=True))
 

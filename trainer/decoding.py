@@ -13,7 +13,7 @@ The rules are those of `transformers`' `generate` with `early_stopping=False`:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -110,7 +110,10 @@ class TorchSteps:
             torch.from_numpy(token_ids).to(self._device),
             torch.from_numpy(lengths).to(self._device),
             torch.from_numpy(image).to(self._device),
-            {name: torch.from_numpy(value).to(self._device) for name, value in encoded.items()},
+            {
+                name: torch.from_numpy(value).to(self._device, torch.float32)
+                for name, value in encoded.items()
+            },
         )
         return match.cpu().numpy(), similarity.cpu().numpy()
 
@@ -189,6 +192,7 @@ def beam_search(
     images: NDArray[np.uint8],
     generation: Generation,
     prefix: Sequence[int] = (),
+    prompt: Sequence[int] = (),
 ) -> list[list[Hypothesis]]:
     """Returns the `num_captions` best hypotheses of every image, best first.
 
@@ -197,8 +201,9 @@ def beam_search(
         images: (B, H, W, 3).
         generation: the parameters, the same for all images.
         prefix: ids that every caption begins with; neither scored nor counted.
+        prompt: ids before that, which are no part of the caption.
     """
-    width = generation.num_beams
+    width, prefix = generation.num_beams, (*prompt, *prefix)
     state = model.start(images)
     searches = [_Image([(0.0, [], 0)]) for _ in images]
     rows = 1
@@ -227,7 +232,13 @@ def beam_search(
         if all(search.done for search in searches):
             break
         previous_rows, rows = rows, (width if position + 1 > len(prefix) else 1)
-    return [search.finished[: generation.num_captions] for search in searches]
+    return [
+        [
+            replace(found, token_ids=found.token_ids[len(prompt) :])
+            for found in search.finished[: generation.num_captions]
+        ]
+        for search in searches
+    ]
 
 
 def best_hypotheses(
@@ -235,15 +246,18 @@ def best_hypotheses(
     images: NDArray[np.uint8],
     generation: Generation,
     *,
-    prefix: Sequence[int] = (),
+    prompt: Sequence[int] = (),
     batch_size: int = 32,
     progress: bool = True,
 ) -> list[Hypothesis]:
-    """Returns the best hypothesis of every image of images (n, H, W, 3), batch by batch."""
+    """Returns the best hypothesis of every image of images (n, H, W, 3), batch by batch.
+
+    `prompt` is as in `beam_search`.
+    """
     best: list[Hypothesis] = []
     starts = range(0, len(images), batch_size)
     for start in tqdm(starts, desc="captioning", disable=None if progress else True):
-        found = beam_search(model, images[start : start + batch_size], generation, prefix)
+        found = beam_search(model, images[start : start + batch_size], generation, prompt=prompt)
         best += [hypotheses[0] for hypotheses in found]
     return best
 

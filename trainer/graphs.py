@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from exports.manifest import DecoderSpec, EncoderSpec, MatcherSpec, encoded_name, next_name
+from exports.manifest import DecoderSpec, Dtype, EncoderSpec, MatcherSpec, encoded_name, next_name
 from trainer.attention import Memory, pair_names
 from trainer.captioner import IMAGE_EMBEDDING, Captioner
 from trainer.compression import compress
@@ -90,8 +90,13 @@ def export_decoder(captioner: Captioner) -> tuple[bytes, DecoderSpec]:
     return compress(model), spec
 
 
-def join_graph(captioner: Captioner) -> bytes:
+def join_graph(captioner: Captioner, dtype: Dtype = "float32") -> bytes:
     """Returns the graph that copies encoded images into their slots of the decoder's memory."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+    def floats(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, kind, shape)
+
     nodes, inputs, outputs = [], [], []
     for name, example in _example_memory(captioner, 1).items():
         shape = example.shape[1:]
@@ -100,8 +105,8 @@ def join_graph(captioner: Captioner) -> bytes:
             helper.make_node("Gather", [encoded_name(name), "source"], [chosen], axis=0),
             helper.make_node("ScatterND", [name, "slot", chosen], [next_name(name)]),
         ]
-        inputs += [_floats(name, "S", *shape), _floats(encoded_name(name), "B", *shape)]
-        outputs.append(_floats(next_name(name), "S", *shape))
+        inputs += [floats(name, "S", *shape), floats(encoded_name(name), "B", *shape)]
+        outputs.append(floats(next_name(name), "S", *shape))
     inputs += [
         helper.make_tensor_value_info("source", TensorProto.INT64, ["J"]),
         helper.make_tensor_value_info("slot", TensorProto.INT64, ["J", 1]),
@@ -157,10 +162,6 @@ def _example(captioner: Captioner, images: int) -> dict[str, Tensor]:
 def _example_memory(captioner: Captioner, images: int) -> dict[str, Tensor]:
     found = _example(captioner, images)
     return {name: value for name, value in found.items() if name != IMAGE_EMBEDDING}
-
-
-def _floats(name: str, *shape: int | str) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
 class _EncoderGraph(nn.Module):
@@ -267,6 +268,6 @@ def _append_top_k(model: onnx.ModelProto, vocab_size: int) -> None:
     graph.input.append(helper.make_tensor_value_info("top_k", TensorProto.INT64, [1]))
     present = list(graph.output)[1:]
     del graph.output[:]
-    graph.output.append(_floats("log_probs", "R", "M"))
+    graph.output.append(helper.make_tensor_value_info("log_probs", TensorProto.FLOAT, ["R", "M"]))
     graph.output.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["R", "M"]))
     graph.output.extend(present)

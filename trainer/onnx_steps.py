@@ -52,7 +52,7 @@ class OnnxSteps:
         encoded = self.encode(images)
         memory = {name: encoded[name] for name in self._spec.memory}
         shape = (len(images), self._spec.heads, 0, self._spec.head_dim)
-        cache = [np.zeros(shape, np.float32) for _ in self._spec.cache]
+        cache = [np.zeros(shape, self._spec.dtype) for _ in self._spec.cache]
         return memory, cache, np.zeros((len(images), 1, 1, 0), np.float32), np.zeros(0, np.int64)
 
     def step(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from exports.manifest import Generation
+from exports.manifest import Dtype, Generation
 from exports.text import TextSpec, framed
 from trainer.decoding import Hypothesis, StepModel, beam_search
 from trainer.errors import ParityError
@@ -20,7 +20,8 @@ from trainer.reranking import MatchModel
 SHAPES = ((1, 1), (1, 4), (2, 3), (3, 1), (8, 5), (17, 4))  # images, rows an image
 BEAMS = (1, 3, 5)
 LOG_PROB_TOLERANCE = 2e-3  # of two float32 computations of sums of some thousand terms
-MATCH_TOLERANCE = 1e-4  # of probabilities and cosines
+MATCH_TOLERANCE: dict[Dtype, float] = {"float32": 1e-4, "float16": 2e-2}
+"""Of probabilities and cosines, by what a matcher computes in."""
 TIE = 1e-3  # n-best lists may swap hypotheses whose scores are nearer than this
 
 
@@ -74,6 +75,7 @@ def compare(
     pixels: NDArray[np.uint8],
     generation: Generation,
     *,
+    prompt: Sequence[int] = (),
     batch_size: int = 16,
 ) -> Parity:
     """Returns how `exported` compares with `reference` on images (n, H, W, 3).
@@ -83,15 +85,16 @@ def compare(
         exported: the graphs.
         pixels: the images; all are captioned by `generation`, the first few at every width.
         generation: the defaults of the bundle.
+        prompt: what stands before every caption.
         batch_size: of the captions.
     """
     difference, agreement = _log_probs(reference, exported, pixels)
-    lists, equal = _n_best(reference, exported, pixels[:8], generation)
+    lists, equal = _n_best(reference, exported, pixels[:8], generation, prompt)
     captions = 0
     for start in tqdm(range(0, len(pixels), batch_size), desc="parity", disable=None):
         batch = pixels[start : start + batch_size]
-        first = beam_search(reference, batch, generation)
-        second = beam_search(exported, batch, generation)
+        first = beam_search(reference, batch, generation, prompt=prompt)
+        second = beam_search(exported, batch, generation, prompt=prompt)
         captions += sum(_equal(a[:1], b[:1]) for a, b in zip(first, second, strict=True))
     return Parity(difference, agreement, lists, equal, len(pixels), captions)
 
@@ -103,6 +106,7 @@ def check_matches(
     text: TextSpec,
     *,
     encoder: StepModel | None = None,
+    dtype: Dtype = "float32",
 ) -> float:
     """Returns by how much the two differ, at most, on how well random captions fit.
 
@@ -112,6 +116,7 @@ def check_matches(
         pixels: images (n, H, W, 3).
         text: of the captions.
         encoder: whose encodings both of them read; by default each its own.
+        dtype: of `exported`.
 
     Raises:
         ParityError: by more than `MATCH_TOLERANCE`.
@@ -131,10 +136,10 @@ def check_matches(
         ]
         gap = float(np.abs(found[0] - found[1]).max())
         largest = max(largest, gap if np.isfinite(gap) else float("inf"))
-    if largest > MATCH_TOLERANCE:
+    if largest > MATCH_TOLERANCE[dtype]:
         raise ParityError(
             f"the exported matcher differs from the model: by {largest:.2g}, more than "
-            f"{MATCH_TOLERANCE:g}"
+            f"{MATCH_TOLERANCE[dtype]:g}"
         )
     return largest
 
@@ -170,15 +175,19 @@ def _by_id(values: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.fl
 
 
 def _n_best(
-    reference: StepModel, exported: StepModel, pixels: NDArray[np.uint8], generation: Generation
+    reference: StepModel,
+    exported: StepModel,
+    pixels: NDArray[np.uint8],
+    generation: Generation,
+    prompt: Sequence[int],
 ) -> tuple[int, int]:
     lists = equal = 0
     for width in BEAMS:
         changed = {**generation.model_dump(), "num_beams": width, "num_captions": width}
         wide = Generation.model_validate(changed)
         for size in (1, len(pixels)):
-            first = beam_search(reference, pixels[:size], wide)
-            second = beam_search(exported, pixels[:size], wide)
+            first = beam_search(reference, pixels[:size], wide, prompt=prompt)
+            second = beam_search(exported, pixels[:size], wide, prompt=prompt)
             lists += size
             equal += sum(_equal(a, b) for a, b in zip(first, second, strict=True))
     return lists, equal

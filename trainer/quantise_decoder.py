@@ -11,7 +11,7 @@ two products of 8 bits in 16 and would saturate. Attention, norms and embeddings
 Jacob et al., 2017, https://arxiv.org/abs/1712.05877, section 2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -29,7 +29,11 @@ Weights = dict[str, NDArray[np.float32]]
 
 
 def quantise_decoder(
-    graph: bytes, steps: OnnxSteps, images: NDArray[np.uint8], generation: Generation
+    graph: bytes,
+    steps: OnnxSteps,
+    images: NDArray[np.uint8],
+    generation: Generation,
+    prompt: Sequence[int] = (),
 ) -> bytes:
     """Returns the decode-step graph in integers.
 
@@ -38,13 +42,18 @@ def quantise_decoder(
         steps: the captioner whose decoder that is.
         images: (n, H, W, 3), captioned to see what ranges the activations have.
         generation: how they are captioned.
+        prompt: what stands before their captions.
 
     Raises:
         QuantisationError: an activation is not finite on these images.
     """
     model = onnx.load_from_string(graph)
     weights = _weights(model)
-    ranges = _ranges(model, weights, steps, images, generation)
+
+    def search() -> None:
+        best_hypotheses(steps, images, generation, prompt=prompt)
+
+    ranges = _ranges(model, weights, steps, search)
     return _rewrite(model, weights, ranges)
 
 
@@ -72,10 +81,9 @@ def _ranges(
     model: onnx.ModelProto,
     weights: Weights,
     steps: OnnxSteps,
-    images: NDArray[np.uint8],
-    generation: Generation,
+    search: Callable[[], None],
 ) -> dict[str, Range]:
-    """Returns the range of every dense layer's input while the images are captioned."""
+    """Returns the range of every dense layer's input while `search` decodes by `steps`."""
     names = list(dict.fromkeys(node.input[0] for node in _dense(model, weights)))
     telling = onnx.ModelProto()
     telling.CopyFrom(model)
@@ -83,7 +91,7 @@ def _ranges(
     watched = _Watched(session(telling.SerializeToString()), names)
     before, steps.decoder = steps.decoder, watched
     try:
-        best_hypotheses(steps, images, generation)
+        search()
     finally:
         steps.decoder = before
     return watched.ranges.found()

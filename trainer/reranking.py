@@ -69,18 +69,18 @@ def judged_lists(
     generation: Generation,
     text: TextSpec,
     *,
-    prefix: Sequence[int] = (),
+    prompt: Sequence[int] = (),
     batch_size: int = 32,
 ) -> list[list[Judged]]:
     """Returns all that a search finds for each of images (n, H, W, 3), its best first.
 
-    `prefix` is what every caption begins with.
+    `prompt` stands before the captions and is not read with them: no matcher has learnt it.
     """
     wide = generation.model_copy(update={"num_captions": generation.num_beams})
     lists = []
     for start in tqdm(range(0, len(images), batch_size), desc="captioning", disable=None):
         batch = images[start : start + batch_size]
-        found = beam_search(model, batch, wide, prefix)
+        found = beam_search(model, batch, wide, prompt=prompt)
         lists += judged(model, model.encode(batch), found, text)
     return lists
 

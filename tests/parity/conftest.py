@@ -1,10 +1,12 @@
-"""A run of a few steps on photographs, exported in floats and in integers."""
+"""A run of a few steps on photographs, exported in floats, in integers and in half precision."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trainer.stages import export, finetune
+from trainer.run import Run
+from trainer.stages import _bundle, export, finetune
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
 
@@ -38,17 +40,37 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def exported_int8(exported: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run's bundle in integers."""
+def export_in(exported: tuple[Path, Path]) -> Callable[..., Path]:
+    """Returns what exports the same run to a folder in fewer bits; its graphs are traced once."""
     run, _ = exported
-    target = tmp_path_factory.mktemp("int8")
     data = run.parent / "photos.csv"
-    table = {
-        "run": run,
-        "name": "photos",
-        "data": data,
-        "int8": {"data": data, "budget": 10.0},  # four photographs: a budget would judge luck
-        "card": {"description": "d", "data": "d", "licence": "l", "failures": "f"},
-    }
-    export.run(export.Config.model_validate(table), target)
-    return target / "bundle"
+    graphs = _bundle.Graphs.of(Run(run).captioner())
+
+    def export_in(target: Path, **precision: object) -> Path:
+        card = {"description": "d", "data": "d", "licence": "l", "failures": "f"}
+        table = {"run": run, "name": "photos", "data": data, "card": card, **precision}
+        table["golden"] = PHOTOS  # which it has learnt: drawings have no clear captions
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_bundle.Graphs, "of", lambda captioner: graphs)
+            export.run(export.Config.model_validate(table), target)
+        return target / "bundle"
+
+    return export_in
+
+
+@pytest.fixture(scope="session")
+def exported_int8(
+    exported: tuple[Path, Path],
+    export_in: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The same run's bundle in integers."""
+    data = exported[0].parent / "photos.csv"
+    # Four photographs: a budget would judge luck.
+    return export_in(tmp_path_factory.mktemp("int8"), int8={"data": data, "budget": 10.0})
+
+
+@pytest.fixture(scope="session")
+def exported_fp16(export_in: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run's bundle in half precision."""
+    return export_in(tmp_path_factory.mktemp("fp16"), fp16={})

@@ -17,9 +17,10 @@ from exports.images import ImageSpec
 from exports.manifest import Generation, Manifest
 from exports.text import TextSpec, Tokenizer
 from serving.captioner import Captioner as ServedCaptioner
-from serving.captioner import Params
 from serving.decode_image import ImageLimits, decode_image
-from serving.session import Graphs, OnnxSession
+from serving.params import Params
+from serving.session import Graphs as ServedGraphs
+from serving.session import OnnxSession
 from trainer import variants
 from trainer.captioner import Captioner
 from trainer.compression import compress, round_weights
@@ -31,7 +32,9 @@ from trainer.parity import Parity, compare
 from trainer.photos import load_pixels
 from trainer.run import Run
 from trainer.stages import evaluate, export, finetune
+from trainer.stages._bundle import Graphs
 from trainer.stages._card import recipe_of
+from trainer.stages._precision import Fp16
 from trainer.tokenizer import train_tokenizer
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
@@ -116,6 +119,7 @@ def check_graphs(captioner: Captioner) -> None:
     assert parity.captions == parity.captions_equal == 24
     assert parity.n_best_lists == parity.n_best_equal == 27
     assert parity.largest_log_prob_difference < 1e-3
+    check_half(Graphs(encoder, encoder_spec, decoder, decoder_spec), steps, pixels, generation)
     manifest = Manifest(
         name="m",
         version="1",
@@ -128,7 +132,9 @@ def check_graphs(captioner: Captioner) -> None:
         decoder=decoder_spec,
         defaults=generation,
     )
-    session = OnnxSession(Graphs(encoder, decoder, join_graph(captioner)), manifest, threads=1)
+    session = OnnxSession(
+        ServedGraphs(encoder, decoder, join_graph(captioner)), manifest, threads=1
+    )
     tokenizer = Tokenizer(*train_tokenizer(["a"], vocab_size=300, max_length=14))
     server = ServedCaptioner(manifest, tokenizer, session)
     served = server.caption_batch(pixels, [Params.of(generation)] * len(pixels))
@@ -136,6 +142,17 @@ def check_graphs(captioner: Captioner) -> None:
     assert [[c.token_ids for c in one] for one in served] == [
         [h.token_ids for h in one] for one in plain
     ]
+
+
+def check_half(
+    graphs: Graphs, floats: OnnxSteps, pixels: np.ndarray, generation: Generation
+) -> None:
+    """The same in half precision: nothing overflows, and the captions are the same."""
+    halves = Fp16().applied(graphs, source=None).steps(TEXT)
+    assert all(value.dtype == np.float16 for value in halves.encode(pixels[:2]).values())
+    parity = compare(floats, halves, pixels, generation)
+    assert parity.captions_equal >= parity.captions - 2  # weights at random leave near ties
+    assert 0 < parity.largest_log_prob_difference < 3  # they are sharp, too: of logits of 200
 
 
 def test_a_graph_that_differs_is_caught() -> None:
@@ -245,7 +262,7 @@ def test_a_failed_check_writes_no_bundle(
 ) -> None:
     run, _ = exported
     differing = Parity(1e-5, 1.0, n_best_lists=9, n_best_equal=9, captions=3, captions_equal=2)
-    monkeypatch.setattr(export, "compare", lambda *_: differing)
+    monkeypatch.setattr(export, "compare", lambda *_, **__: differing)
     card = {"description": "d", "data": "d", "licence": "l", "failures": "f"}
     table = {"run": run, "name": "photos", "data": run.parent / "photos.csv", "card": card}
     with pytest.raises(ParityError, match="2 of 3 captions are equal"):

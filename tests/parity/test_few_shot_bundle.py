@@ -8,7 +8,7 @@ import torch
 from exports.bundle import Bundle
 from exports.manifest import Generation
 from serving.captioner import Captioner as Served
-from serving.captioner import Params
+from serving.params import Params
 from trainer.compression import round_weights
 from trainer.data import read_examples
 from trainer.decoding import TorchSteps, beam_search

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from exports.bundle import Bundle
-from serving.captioner import Captioner, Params
+from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
+from serving.params import Params
 from serving.session import Graphs, OnnxSession
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
@@ -66,10 +67,11 @@ class Crowd:
 
 
 @pytest.fixture(scope="module")
-def crowds(exported: tuple[Path, Path]) -> dict[str, Crowd]:
-    """The shipped model, which computes in integers, and a small one that computes in floats."""
+def crowds(exported: tuple[Path, Path], exported_fp16: Path) -> dict[str, Crowd]:
+    """The shipped model, which computes in integers, and a small one in floats and in halves."""
     shipped = max(SHIPPED.glob("[0-9]*"), key=lambda path: path.name)
-    return {"int8": Crowd(_captioner(shipped)), "fp32": Crowd(_captioner(exported[1]))}
+    folders = {"int8": shipped, "fp32": exported[1], "fp16": exported_fp16}
+    return {kind: Crowd(_captioner(folder)) for kind, folder in folders.items()}
 
 
 def _captioner(path: Path) -> Captioner:
@@ -79,7 +81,7 @@ def _captioner(path: Path) -> Captioner:
     return Captioner(bundle.manifest, bundle.tokenizer(), session, cache_bytes=0)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp32"])
+@pytest.mark.parametrize("kind", ["int8", "fp32", "fp16"])
 @pytest.mark.parametrize("seed", range(15))
 def test_captions_are_the_same_in_any_company(
     crowds: dict[str, Crowd], kind: str, seed: int
@@ -90,7 +92,7 @@ def test_captions_are_the_same_in_any_company(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["int8", "fp32"])
+@pytest.mark.parametrize("kind", ["int8", "fp32", "fp16"])
 def test_captions_are_the_same_in_any_of_ten_thousand(crowds: dict[str, Crowd], kind: str) -> None:
     rng = np.random.default_rng(99)
     for _ in range(5000):

@@ -17,6 +17,7 @@ from exports.images import ImageSpec, preprocess
 from exports.manifest import (
     JOIN_FILE,
     DecoderSpec,
+    Dtype,
     EncoderSpec,
     Generation,
     Golden,
@@ -26,14 +27,17 @@ from exports.manifest import (
 )
 from exports.text import TextSpec, Tokenizer
 from trainer.captioner import Captioner
+from trainer.compression import round_weights
 from trainer.decoding import Hypothesis, StepModel, beam_search
 from trainer.errors import ConfigError
-from trainer.graphs import export_decoder, export_encoder, join_graph
+from trainer.graphs import export_decoder, export_encoder, export_matcher, join_graph
+from trainer.half import to_half
 from trainer.onnx_steps import OnnxSteps
 from trainer.photos import load_pixels
 from trainer.reranking import judged
 
-_MARGIN = 5e-3  # a golden caption must win by this much, or other processors may not agree
+# A golden caption must win by this much, or other processors may not agree.
+_MARGIN: dict[Dtype, float] = {"float32": 5e-3, "float16": 1e-2}
 
 
 class Graphs(NamedTuple):
@@ -56,6 +60,14 @@ class Graphs(NamedTuple):
         specs = self.encoder_spec, self.decoder_spec
         return OnnxSteps(self.encoder, self.decoder, *specs, text, *(self.matcher or ()))
 
+    def with_matcher(self, captioner: Captioner) -> "Graphs":
+        """Returns them and that of the captioner's matcher, whose weights are rounded."""
+        if self.decoder_spec.dtype == "float16":
+            graph, spec = export_matcher(captioner)
+            return self._replace(matcher=(to_half(graph, spec.memory), spec))
+        # It computes in floats where the others do in integers.
+        return self._replace(matcher=export_matcher(round_weights(captioner)))
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -68,6 +80,7 @@ class Content:
         graphs: checked.
         tokenizer_json: the tokenizer.
         generation: the defaults.
+        prompt_ids: what stands before every caption.
         card: MODEL_CARD.md.
         metrics: and `provenance`: see `Manifest`.
         reranking: with a matcher, how it weighs.
@@ -84,6 +97,7 @@ class Content:
     card: str
     metrics: dict[str, JsonValue]
     provenance: dict[str, Any]
+    prompt_ids: tuple[int, ...] = ()
     reranking: Reranking | None = None
 
     def write(self, target: Path, golden: Sequence[Path]) -> None:
@@ -103,7 +117,7 @@ class Content:
         files = {
             graphs.encoder_spec.file: graphs.encoder,
             graphs.decoder_spec.file: graphs.decoder,
-            JOIN_FILE: join_graph(captioner),
+            JOIN_FILE: join_graph(captioner, graphs.decoder_spec.dtype),
             "tokenizer.json": self.tokenizer_json,
             "MODEL_CARD.md": self.card.encode(),
             **pictures,
@@ -124,6 +138,7 @@ class Content:
             encoder=graphs.encoder_spec,
             decoder=graphs.decoder_spec,
             matcher=matcher,
+            prompt_ids=self.prompt_ids,
             defaults=self.generation,
             golden=promises,
             metrics=self.metrics,
@@ -143,7 +158,7 @@ class Content:
         for name, body in pictures.items():
             with Image.open(io.BytesIO(body)) as image:
                 pixels = preprocess(image, self.captioner.image)[None]
-            best = _clear_winner(steps, pixels, self.generation)
+            best = self._clear_winner(steps, pixels)
             if best is None:
                 print(f"golden: {name} left out, two captions score nearly alike")
                 continue
@@ -160,6 +175,14 @@ class Content:
         if not golden:
             raise ConfigError("golden: no picture has a clear best caption; name others")
         return tuple(golden), kept
+
+    def _clear_winner(self, steps: StepModel, pixels: NDArray[np.uint8]) -> Hypothesis | None:
+        pair = self.generation.model_copy(
+            update={"num_captions": min(2, self.generation.num_beams)}
+        )
+        [[best, *others]] = beam_search(steps, pixels, pair, prompt=self.prompt_ids)
+        margin = _MARGIN[self.graphs.decoder_spec.dtype]
+        return None if others and best.score - others[0].score < margin else best
 
 
 def _matched(
@@ -197,9 +220,3 @@ def drawings() -> dict[str, bytes]:
         image.save(buffer, "PNG")
         pictures[f"drawing-{number}.png"] = buffer.getvalue()
     return pictures
-
-
-def _clear_winner(steps: StepModel, pixels: NDArray[np.uint8], generation: Generation) -> Any:
-    pair = generation.model_copy(update={"num_captions": min(2, generation.num_beams)})
-    best, *others = beam_search(steps, pixels, pair)[0]
-    return None if others and best.score - others[0].score < _MARGIN else best

@@ -54,15 +54,14 @@ class Evaluation:
         return {f"dev/{name}": value for name, value in figures.items()}
 
     def _of_captions(self, epoch: int) -> dict[str, float]:
-        prompt = self._objective.prompt_ids
         best = best_hypotheses(
             TorchSteps(self._objective.captioner),
             self._pixels,
             self._config.generation,
-            prefix=prompt,
+            prompt=self._objective.prompt_ids,
             progress=False,
         )
-        captions = [self._tokenizer.decode(one.token_ids[len(prompt) :]) for one in best]
+        captions = [self._tokenizer.decode(one.token_ids) for one in best]
         self._watch.check(epoch, captions)
         found: dict[str, float] = {}
         for metric in (cider, bleu, distinct):

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from exports.manifest import Reranking
+from exports.manifest import Dtype, Reranking
 from trainer.captioner import Captioner
 from trainer.data import Example
-from trainer.decoding import TorchSteps
+from trainer.decoding import StepModel, TorchSteps
 from trainer.errors import DataError
 from trainer.onnx_steps import OnnxSteps
 from trainer.parity import check_matches
 from trainer.photos import load_all, read_captioned
-from trainer.reranking import judged_lists, tuned
+from trainer.reranking import Judged, judged_lists, tuned
 from trainer.run import Recipe, Run
 from trainer.splits import split_examples
-from trainer.stages.evaluate import RerankFigures, rerank_figures
+from trainer.stages._figures import RerankFigures, rerank_figures
 
 _PARITY_IMAGES = 16
 
@@ -46,7 +46,8 @@ def settle(
     references: Sequence[Sequence[str]],
     source: Run,
     *,
-    int8: bool,
+    encoder: StepModel | None,
+    dtype: Dtype,
 ) -> Matching:
     """Returns how an exported matcher weighs, once it is shown to behave as the model's.
 
@@ -56,7 +57,8 @@ def settle(
         pixels: images (n, H, W, 3) to take figures on.
         references: their captions.
         source: the run; weights are chosen on the data that it was watched on.
-        int8: whether the encoder computes in integers: then the model reads what that gives.
+        encoder: whose encodings the model reads; by default its own.
+        dtype: what the graphs' memory is in.
 
     Raises:
         ParityError: the graph does not behave as the model.
@@ -67,10 +69,11 @@ def settle(
         steps,
         pixels[:_PARITY_IMAGES],
         source.text,
-        encoder=steps if int8 else None,
+        encoder=encoder,
+        dtype=dtype,
     )
     reranking, how = _chosen(captioner.matcher.reranking, steps, source)
-    lists = judged_lists(steps, pixels, source.recipe.generation, source.text)
+    lists = _judged_lists(steps, pixels, source)
     arms = rerank_figures(lists, reranking, references, source.tokenizer.decode)
     return Matching(parity, reranking, arms, _in_words(parity, arms, len(pixels), how))
 
@@ -89,10 +92,15 @@ def _chosen(reranking: Reranking, steps: OnnxSteps, source: Run) -> tuple[Rerank
         return reranking, "are the usual ones, since the run has no dev data"
     print(f"weighing the matcher on {len(examples)} images of the run's dev data ...")
     pixels = load_all(examples, source.recipe.image)
-    lists = judged_lists(steps, pixels, source.recipe.generation, source.text)
+    lists = _judged_lists(steps, pixels, source)
     references = [example.captions for example in examples]
     found = tuned(reranking, lists, references, source.tokenizer.decode)
     return found, f"are those that caption {len(examples)} images of the run's dev data best"
+
+
+def _judged_lists(steps: OnnxSteps, pixels: NDArray[np.uint8], source: Run) -> list[list[Judged]]:
+    generation, prompt = source.recipe.generation, source.prompt_ids
+    return judged_lists(steps, pixels, generation, source.text, prompt=prompt)
 
 
 def _dev_examples(recipe: Recipe) -> list[Example]:

@@ -5,9 +5,7 @@ a run has a matcher, retrieval and the AUC of matching are measured too.
 """
 
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,20 @@ from numpy.typing import NDArray
 from pydantic import Field
 from tqdm import tqdm
 
-from exports.bundle import Bundle
-from exports.images import ImageSpec
-from exports.manifest import MANIFEST_FILE, Generation, Reranking
-from exports.text import TextSpec, Tokenizer
-from trainer import variants
+from exports.manifest import Generation
 from trainer.config import Config as BaseConfig
 from trainer.config import validate
 from trainer.data import Example, check_apart
-from trainer.decoding import Hypothesis, TorchSteps, best_hypotheses
-from trainer.intervals import Interval, bootstrap, paired_difference
+from trainer.decoding import Hypothesis, best_hypotheses
+from trainer.intervals import Interval, bootstrap
 from trainer.metrics import cider
 from trainer.neighbours import CaptionedNeighbours
-from trainer.onnx_steps import OnnxSteps
 from trainer.photos import load_all, read_captioned
-from trainer.reranking import EVIDENCE, Judged, MatchModel, judged_lists, reranked
+from trainer.reranking import Judged, judged_lists
 from trainer.retrieval import Pairs, Reader, measure
-from trainer.run import Run
 from trainer.sheet import SheetRow, write_sheet
+from trainer.stages._figures import as_json, differences_of, rerank_figures, score_all
+from trainer.stages._model import Model
 
 
 class Config(BaseConfig):
@@ -54,66 +48,6 @@ class Config(BaseConfig):
     sheet_images: int = Field(default=200, ge=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A captioner ready to decode: from a run (PyTorch) or from a bundle (ONNX Runtime)."""
-
-    name: str
-    steps: MatchModel
-    tokenizer: Tokenizer
-    text: TextSpec
-    image: ImageSpec
-    generation: Generation
-    reranking: Reranking | None = None
-    """With a matcher, how it weighs."""
-    prompt_ids: tuple[int, ...] = ()
-    """What every caption begins with; not a part of it."""
-    reader: Reader | None = None
-    """Of a run with a matcher."""
-
-    @classmethod
-    def open(cls, path: Path) -> "Model":
-        """Returns the captioner of a bundle's or run's folder.
-
-        Raises:
-            CheckpointError: neither is there; BundleError: the bundle does not verify.
-        """
-        if (path / MANIFEST_FILE).exists():
-            bundle = Bundle.open(path)
-            manifest, matcher = bundle.manifest, bundle.manifest.matcher
-            steps = OnnxSteps(
-                bundle.read(manifest.encoder.file),
-                bundle.read(manifest.decoder.file),
-                manifest.encoder,
-                manifest.decoder,
-                manifest.text,
-                bundle.read(matcher.file) if matcher else None,
-                matcher,
-            )
-            return cls(
-                f"{manifest.name}@{manifest.version}",
-                steps,
-                bundle.tokenizer(),
-                manifest.text,
-                manifest.image,
-                manifest.defaults,
-                matcher.reranking if matcher else None,
-            )
-        run = Run(path)
-        captioner = run.captioner()
-        return cls(
-            path.name,
-            TorchSteps(captioner),
-            run.tokenizer,
-            run.text,
-            run.recipe.image,
-            run.recipe.generation,
-            captioner.matcher.reranking if captioner.matcher else None,
-            run.prompt_ids,
-            None if captioner.matcher is None else Reader(captioner, run.tokenizer),
-        )
-
-
 def run(config: Config, out_dir: Path) -> None:
     """Prints the figures; writes `figures.json`, `captions.jsonl` and `sheet.html` to `out_dir`."""
     model = Model.open(config.model)
@@ -122,7 +56,6 @@ def run(config: Config, out_dir: Path) -> None:
     examples = read_captioned(config.data, config.images, config.split)
     others = _others(config, examples)
     pixels = load_all(examples, model.image)
-    prompt = model.prompt_ids
     lists: list[list[Judged]] = []
     if model.reranking:
         lists = judged_lists(
@@ -130,18 +63,19 @@ def run(config: Config, out_dir: Path) -> None:
             pixels,
             generation,
             model.text,
-            prefix=prompt,
+            prompt=model.prompt_ids,
             batch_size=config.batch_size,
         )
         found = [own[0].hypothesis for own in lists]
     else:
         found = best_hypotheses(
-            model.steps, pixels, generation, prefix=prompt, batch_size=config.batch_size
+            model.steps,
+            pixels,
+            generation,
+            prompt=model.prompt_ids,
+            batch_size=config.batch_size,
         )
-
-    def decode(token_ids: Sequence[int]) -> str:
-        return model.tokenizer.decode(token_ids[len(prompt) :])
-
+    decode = model.tokenizer.decode
     captions = [decode(hypothesis.token_ids) for hypothesis in found]
     references = [example.captions for example in examples]
     figures = score_all(references, captions)
@@ -205,86 +139,6 @@ def _others(config: Config, examples: Sequence[Example]) -> list[Example]:
     return others
 
 
-def score_all(references: Sequence[Sequence[str]], captions: Sequence[str]) -> dict[str, Interval]:
-    """Returns every metric's figures with bootstrap 95 % intervals."""
-    figures: dict[str, Interval] = {}
-    for name in variants.names("metrics"):
-        figures |= bootstrap(variants.load("metrics", name).score(references, captions))
-    return figures
-
-
-def as_json(figures: dict[str, Interval]) -> dict[str, Any]:
-    """Returns each figure as [value, low, high], rounded to 4 digits; None where it has no value.
-
-    CIDEr-D of a single image has none, and JSON has no word for it.
-    """
-    return {
-        name: [
-            None if math.isnan(number) else round(number, 4)
-            for number in (figure.value, figure.low, figure.high)
-        ]
-        for name, figure in figures.items()
-    }
-
-
-def differences_of(
-    references: Sequence[Sequence[str]], captions: Sequence[str], others: Sequence[str]
-) -> dict[str, Interval]:
-    """Returns the figures of captions minus those of others, with paired 95 % intervals."""
-    found: dict[str, Interval] = {}
-    for name in ("cider", "bleu", "rouge"):
-        score = variants.load("metrics", name).score
-        found |= paired_difference(score(references, captions), score(references, others))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class RerankFigures:
-    """What reranking by one kind of evidence comes to.
-
-    Attributes:
-        weight: of the search's own score, 1 being the search alone.
-        figures: of the reranked captions.
-        gain: their difference from the captions that the search alone puts first.
-        changed: images whose caption is another.
-    """
-
-    weight: float
-    figures: dict[str, Interval]
-    gain: dict[str, Interval]
-    changed: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the fields by name."""
-        return {
-            "weight": self.weight,
-            "figures": as_json(self.figures),
-            "gain": as_json(self.gain),
-            "changed": self.changed,
-        }
-
-
-def rerank_figures(
-    lists: Sequence[Sequence[Judged]],
-    reranking: Reranking,
-    references: Sequence[Sequence[str]],
-    decode: Callable[[Sequence[int]], str],
-) -> dict[str, RerankFigures]:
-    """Returns, by evidence, the figures of reranked captions against the search's own first."""
-    plain = [decode(own[0].hypothesis.token_ids) for own in lists]
-    found: dict[str, RerankFigures] = {}
-    for evidence in EVIDENCE:
-        best = reranked(lists, reranking, evidence)
-        captions = [decode(hypothesis.token_ids) for hypothesis in best]
-        found[evidence] = RerankFigures(
-            reranking.weight(evidence),
-            score_all(references, captions),
-            differences_of(references, captions, plain),
-            sum(one != other for one, other in zip(captions, plain, strict=True)),
-        )
-    return found
-
-
 def _copied_captions(
     model: Model, pixels: NDArray[np.uint8], others: Sequence[Example]
 ) -> list[str]:
@@ -301,7 +155,7 @@ def _features(model: Model, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         memory = model.steps.encode(pixels[start : start + 64])
         image = [name for name in memory if name.startswith("memory_v")]
         last = memory[(image or [name for name in memory if name.startswith("prefix_v")])[-1]]
-        blocks.append(last.mean(2).reshape(len(last), -1))
+        blocks.append(last.mean(2, dtype=np.float32).reshape(len(last), -1))
     features: NDArray[np.float32] = np.concatenate(blocks)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
