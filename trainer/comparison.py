@@ -59,7 +59,7 @@ CAPTIONERS = Kind(
     figure="distinct",
     heading="distinct",
     digits=".2f",
-    meaning="Distinct is the share of captions that differ from all others: low where a captioner "
+    meaning="Distinct is the number of different captions by that of images: low where a captioner "
     "says the same of most images.",
 )
 
