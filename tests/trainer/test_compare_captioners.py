@@ -233,7 +233,7 @@ def test_a_step_lays_its_keys_over_the_shared_tables_and_begins_where_the_last_o
         ({"steps": [{"objective": {"name": "ml"}}]}, "no objectives called 'ml'"),
         ({"steps": [LM, {**LM, "lop": {}}]}, "arms.arm, step 2: unknown key 'lop'"),
         ({"steps": [{**LM, "loop": {"epoch": 1}}]}, r"step 1: unknown key 'loop.epoch'"),
-        ({"steps": [{"stage": "tune"}]}, "no stages called 'tune'; there are boot"),
+        ({"steps": [{"stage": "tune"}]}, "no stages called 'tune'; there are acq"),
         ({"steps": [{**LM, "start": "{1}"}]}, r"step 1: \{1\} is no step .* there are first$"),
         ({"steps": [LM, {**LM, "start": "{last}"}]}, r"step 2: \{last\} .* there are first, 1$"),
         ({"steps": [{**LM, "share": 1.1}]}, "step 1: share: .* less than or equal to 1"),

@@ -35,7 +35,9 @@ def label_with(monkeypatch: pytest.MonkeyPatch):
     """Returns a function that runs the stage while `work(client)` labels and then ends the page."""
     serve = label._serve
 
-    def run(config: dict, out: Path, work, ends_with: signal.Signals = signal.SIGINT) -> None:
+    def run(
+        config: dict, out: Path, work, ends_with: signal.Signals | None = signal.SIGINT
+    ) -> None:
         errors: list[BaseException] = []
 
         def person(url: str) -> None:
@@ -46,12 +48,13 @@ def label_with(monkeypatch: pytest.MonkeyPatch):
                     work(client)
             except BaseException as error:
                 errors.append(error)
-            os.kill(os.getpid(), ends_with)
+            if ends_with is not None:
+                os.kill(os.getpid(), ends_with)
 
-        def served(server, **options) -> None:
+        def served(server, enough, **options) -> None:
             thread = threading.Thread(target=person, args=(server.url,))
             thread.start()
-            serve(server, **options)
+            serve(server, enough, **options)
             thread.join()
 
         monkeypatch.setattr(label, "_serve", served)
@@ -252,3 +255,12 @@ def test_a_page_that_is_killed_keeps_every_answer_it_took(photos: Path, tmp_path
         rows = [json.loads(line) for line in (out / "answers.jsonl").read_bytes().splitlines()]
         assert len(rows) == 4 * (take + 1)
         assert {row["captions"][0] for row in rows[-4:]} == {f"take {take}"}
+
+
+def test_the_page_ends_by_itself_when_there_are_enough_labels(
+    label_with, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = {"images": photos, "until": 1}
+    label_with(config, out, lambda client: answer(client, 0, "a red bus"), ends_with=None)
+    assert "a red bus" in (out / "answers.jsonl").read_text()

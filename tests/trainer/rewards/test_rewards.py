@@ -118,7 +118,7 @@ def test_a_matcher_judges_pictures_of_its_own_size(matcher_run, shapes) -> None:
     np.testing.assert_allclose(cosines, similarity.numpy(), atol=1e-5)
     assert ((found > 0) & (found < 1)).all()
     larger = one.images.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    resized = module.Reward(given).scores(type(one)(one.texts, one.ended, one.examples, larger))
+    resized = module.Reward(given).scores(type(one)(one.texts, one.ended, one.references, larger))
     np.testing.assert_allclose(resized, found, atol=0.02)
 
 
