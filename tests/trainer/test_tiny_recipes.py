@@ -55,24 +55,27 @@ def test_a_method_makes_a_random_encoder_worth_more(
     ],
 )
 def test_an_objective_on_pairs_learns_from_random_weights(
-    name: str, figure: str, worst: float, drawings: Path, tmp_path: Path
+    name: str, figure: str, worst: float, drawings: Path
 ) -> None:
-    assert finetuned(name, drawings, tmp_path)[figure] > worst
+    assert finetuned(name, drawings)[figure] > worst
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bart", "clipcap", "git", "gpt2", "llama", "t5"])
-def test_a_captioner_learns_to_tell_drawings_apart(
-    name: str, drawings: Path, tmp_path: Path
-) -> None:
-    found = finetuned(name, drawings, tmp_path)
+def test_a_captioner_learns_to_tell_drawings_apart(name: str, drawings: Path) -> None:
+    found = finetuned(name, drawings)
     assert found["dev/CIDEr-D"] > 1.5
     assert found["dev/distinct"] > 0.2
 
 
-def finetuned(name: str, drawings: Path, folder: Path, *changes: str) -> dict[str, float]:
-    """Returns the last figures of a tiny recipe that is trained in `folder`."""
-    threads = torch.get_num_threads()
+def run_of(name: str, drawings: Path) -> Path:
+    """Returns the folder of a tiny recipe's run; what is done there is not done again."""
+    return drawings / "runs" / name
+
+
+def finetuned(name: str, drawings: Path, *changes: str) -> dict[str, float]:
+    """Returns the last figures of a tiny recipe."""
+    threads, folder = torch.get_num_threads(), run_of(name, drawings)
     torch.set_num_threads(2)
     train, dev = drawings / "captions_train.json", drawings / "captions_dev.json"
     paths = [f"data.train={train}", f"data.dev={dev}", *changes]
@@ -83,13 +86,12 @@ def finetuned(name: str, drawings: Path, folder: Path, *changes: str) -> dict[st
 
 
 @pytest.mark.slow
-def test_rewards_make_captions_better_and_leave_them_whole(drawings: Path, tmp_path: Path) -> None:
-    finetuned("gpt2", drawings, tmp_path / "xe")
-    start = (f"start={tmp_path / 'xe'}", "loop.epochs=4")
-    finetuned("scst", drawings, tmp_path / "rl", *start)
-    before, _ = greedily(tmp_path / "xe", drawings)
-    after, captions = greedily(tmp_path / "rl", drawings)
-    steps = max(row["step"] for row in read_log(tmp_path / "rl"))
+def test_rewards_make_captions_better_and_leave_them_whole(drawings: Path) -> None:
+    finetuned("gpt2", drawings)
+    finetuned("scst", drawings, f"start={run_of('gpt2', drawings)}", "loop.epochs=4")
+    before, _ = greedily(run_of("gpt2", drawings), drawings)
+    after, captions = greedily(run_of("scst", drawings), drawings)
+    steps = max(row["step"] for row in read_log(run_of("scst", drawings)))
     assert steps <= 300 and after >= 1.05 * before, (steps, before, after)
     valid = [VALID.fullmatch(caption) is not None for caption in captions]
     assert sum(valid) >= 0.95 * len(valid), [text for text in captions if not VALID.fullmatch(text)]
@@ -124,7 +126,7 @@ VALID = _grammar()
 
 @pytest.mark.slow
 def test_a_filter_finds_most_of_the_wrong_captions(drawings: Path, tmp_path: Path) -> None:
-    finetuned("itm", drawings, tmp_path / "itm")
+    finetuned("itm", drawings)
     more = tmp_path / "more"
     shapecaps.run(shapecaps.Config(images=400, dev=1, seed=1), more)
     drawn, draw = read_examples(more / "captions_train.json"), random.Random(0)
@@ -139,7 +141,7 @@ def test_a_filter_finds_most_of_the_wrong_captions(drawings: Path, tmp_path: Pat
         web.append(Example(example.image, (caption,), None))
     write_coco(web, tmp_path / "web.json", images=more / "images")
     table = {
-        "captioner": tmp_path / "itm",
+        "captioner": run_of("itm", drawings),
         "labelled": {"data": drawings / "captions_train.json"},
         "held_out": {"data": drawings / "captions_dev.json"},
         "web": {"data": tmp_path / "web.json", "images": more / "images"},
