@@ -20,7 +20,8 @@ from trainer.errors import DataError
 from trainer.labelling.answers import Answers
 from trainer.stages import auto
 from trainer.stages._auto_estimate import estimate
-from trainer.stages._auto_steps import Done, Pipeline, State, planned
+from trainer.stages._auto_pipeline import Done, Pipeline, State
+from trainer.stages._auto_steps import planned
 
 RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"
 TINY = RECIPES / "tiny" / "auto.toml"
@@ -90,8 +91,8 @@ def test_answers_come_from_a_file_best_pick_first(shapes: Path, tmp_path: Path) 
         answers.close()
     assert all(last[name].captions == known[name].captions[:3] for name in named)
     assert (last[unknown].action, last[unknown].captions) == ("skip", ())
-    test = pipeline.labelled(test=True).read_text(encoding="utf-8").splitlines()
-    assert len(test) == 1 + 3 * len(named)
+    pipeline.keep_test()
+    assert len(pipeline.test.read_text(encoding="utf-8").splitlines()) == 1 + 3 * len(named)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from exports.text import TextSpec
 from trainer.data import read_examples
 from trainer.run import Recipe, build_captioner
-from trainer.stages._auto_steps import Pipeline, Step
+from trainer.stages._auto_pipeline import Pipeline, Step
 
 _CAPTION_SECONDS = 25.0  # of a person who looks, thinks and types
 _WORDS = 14  # tokens of a caption

@@ -24,7 +24,8 @@ from trainer.errors import ConfigError
 from trainer.run import claimed
 from trainer.stages import report
 from trainer.stages._auto_estimate import estimate
-from trainer.stages._auto_steps import Pipeline, Step, planned
+from trainer.stages._auto_pipeline import Pipeline, Step
+from trainer.stages._auto_steps import planned
 
 _CHANGEABLE: Any = {"registry", "answers", "port", "open_browser"}
 
