@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from trainer.__main__ import main
 from trainer.config import read_recipe, validate
@@ -27,8 +26,6 @@ def test_the_preset_beats_a_copied_caption_and_as_many_plain_epochs(tmp_path: Pa
     In batches of ten, and so in as many steps as the preset's, it does better than the preset
     (CIDEr-D 3.4 of drawings, see the recipe), and no claim is made.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     raw, hundred, ssl = tmp_path / "shapecaps", tmp_path / "hundred", tmp_path / "simclr"
     stage("shapecaps", "shapecaps.toml", raw)
     stage("shapecaps", "shapecaps.toml", hundred, images=200)
@@ -40,7 +37,6 @@ def test_the_preset_beats_a_copied_caption_and_as_many_plain_epochs(tmp_path: Pa
     epochs = json.loads((tmp_path / "few/recipe.json").read_text())["loop"]["epochs"]
     plain = {"data__train": train, "data__dev": dev, "loop__evaluate_every": epochs}
     stage("finetune", "gpt2.toml", tmp_path / "plain", **plain, loop__epochs=epochs)
-    torch.set_num_threads(threads)
 
     told = json.loads((tmp_path / "few/folds.json").read_text())
     assert told["images"] == 100 and told["epochs"] <= epochs
