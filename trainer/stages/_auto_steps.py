@@ -18,7 +18,7 @@ from trainer.splits import duplicate_groups
 from trainer.stages import acquire, bootstrap, export, finetune, label, pretrain
 from trainer.stages._auto_pipeline import Pipeline, Step
 
-_SPARE = 1.3  # picks for each label wanted: people skip some images
+_SPARE = 1.5, 5  # picks for each label wanted, and more: people skip some images
 _TEST = "test-images"
 
 
@@ -53,13 +53,18 @@ def _pretrain(pipeline: Pipeline, folder: Path) -> None:
 
 
 def _draw_test(pipeline: Pipeline, folder: Path) -> None:
-    wanted = math.ceil(pipeline.config.test_labels * _SPARE)
+    wanted = _picks_for(pipeline.config.test_labels)
     _acquire(pipeline, folder, wanted, {"method": {"name": "random"}})
 
 
 def _label_test(pipeline: Pipeline) -> None:
     _label(pipeline, _TEST, pipeline.config.test_labels)
     pipeline.keep_test()
+
+
+def _picks_for(labels: int) -> int:
+    each, more = _SPARE
+    return math.ceil(each * labels) + more
 
 
 def _acquire(pipeline: Pipeline, folder: Path, count: int, changes: Mapping[str, Any]) -> None:
@@ -79,7 +84,7 @@ def _round(pipeline: Pipeline, number: int, count: int) -> list[Step]:
 
     def pick(folder: Path) -> None:
         speaker = {"model": pipeline.model} if pipeline.state.model else {}
-        _acquire(pipeline, folder, math.ceil(own * _SPARE), speaker)
+        _acquire(pipeline, folder, _picks_for(own), speaker)
 
     def learn(folder: Path) -> Path:
         tables: dict[str, Any] = {"data": {"train": pipeline.train()}}
