@@ -168,7 +168,8 @@ def test_a_killed_road_loses_no_label_and_ends_alike(drawings: Path, tmp_path: P
             _kill_in(arguments, tmp_path / name / "auto" / place)
         assert main(arguments) == 0
         folder = tmp_path / name / "auto"
-        labels = [json.loads(line) for line in (folder / "labels/answers.jsonl").open()]
+        lines = (folder / "labels/answers.jsonl").read_text().splitlines()
+        labels = [json.loads(line) for line in lines]
         captions = (folder / "scst" / "evaluation" / "captions.jsonl").read_text()
         outcomes.append(([(row["image"], row["captions"]) for row in labels], captions))
     assert outcomes[0] == outcomes[1]
