@@ -16,12 +16,13 @@ from exports.registry import Registry
 from trainer.__main__ import main
 from trainer.config import read_recipe, validate
 from trainer.data import read_examples
-from trainer.errors import DataError
-from trainer.labelling.answers import Answers
-from trainer.stages import auto
+from trainer.errors import DataError, TrainerError
+from trainer.intervals import Interval
+from trainer.labelling.answers import Answer, Answers
+from trainer.stages import auto, label
 from trainer.stages._auto_estimate import estimate
-from trainer.stages._auto_pipeline import Done, Pipeline, State
-from trainer.stages._auto_steps import planned
+from trainer.stages._auto_pipeline import Done, Pipeline, State, Step
+from trainer.stages._auto_steps import _label, planned
 
 RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"
 TINY = RECIPES / "tiny" / "auto.toml"
@@ -82,8 +83,9 @@ def test_answers_come_from_a_file_best_pick_first(shapes: Path, tmp_path: Path) 
     unknown = next(p.name for p in (shapes / "images").iterdir() if p.name not in known)
     picks(tmp_path / "test-images", named[0], unknown, *named[1:])
     step = next(step for step in planned(pipeline) if step.name == "test-labels")
-    with pytest.raises(DataError, match="captions for 4 of 40 images that were picked"):
-        step.work(tmp_path / step.name)
+    for _ in range(2):  # what is answered is not answered, or counted, again
+        with pytest.raises(DataError, match="captions for 4 of 40 images that were picked"):
+            step.work(tmp_path / step.name)
     answers = Answers(tmp_path / "labels")
     try:
         last = {name: answers.last(name) for name in (*named, unknown)}
@@ -92,7 +94,16 @@ def test_answers_come_from_a_file_best_pick_first(shapes: Path, tmp_path: Path) 
     assert all(last[name].captions == known[name].captions[:3] for name in named)
     assert (last[unknown].action, last[unknown].captions) == ("skip", ())
     pipeline.keep_test()
-    assert len(pipeline.test.read_text(encoding="utf-8").splitlines()) == 1 + 3 * len(named)
+    table = pipeline.test.read_text(encoding="utf-8")
+    assert len(table.splitlines()) == 1 + 3 * len(named)
+    # What is labelled later is learnt from, and never tested on.
+    later = sorted(known)[4]
+    picks(tmp_path / "more", later)
+    with pytest.raises(DataError, match="captions for 5 of 40"):
+        _label(pipeline, "more", 40)
+    pipeline.keep_test()
+    assert pipeline.test.read_text(encoding="utf-8") == table
+    assert {e.image.name for e in read_examples(pipeline.train())} == {later}
 
 
 @pytest.mark.parametrize(
@@ -109,6 +120,60 @@ def test_what_makes_no_plan_is_refused(
     with pytest.raises(Exception, match=re.escape(words)):
         auto.run(preset(shapes, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("trusted", "gain", "kept"),
+    [
+        (True, Interval(-0.1, -0.3, 0.1), True),  # more labels, and no harm shown
+        (True, Interval(-0.2, -0.3, -0.1), False),
+        (False, Interval(-0.1, -0.3, 0.1), False),
+        (False, Interval(0.1, -0.1, 0.3), True),
+    ],
+)
+def test_what_a_step_made_is_kept_by_its_gain(trusted: bool, gain: Interval, kept: bool) -> None:
+    assert Step("s", "words", lambda _: None, trusted=trusted).keeps(gain) == kept
+
+
+def test_what_bought_nothing_is_told(shapes: Path, tmp_path: Path) -> None:
+    pipeline = Pipeline(preset(shapes), tmp_path)
+    pipeline.state = State(
+        done={
+            "model-1": Done(seconds=1, run=tmp_path),
+            "pseudo-captions": Done(seconds=1, skipped="no threshold reaches 0.8"),
+            "scst": Done(seconds=1, run=tmp_path, gain=(-0.1, -0.3, 0.1), kept=False),
+        }
+    )
+    assert pipeline.not_kept() == [
+        "pseudo-captions was left out: no threshold reaches 0.8.",
+        "scst was tried and not kept: it changed CIDEr-D by -0.1 (-0.3 to 0.1).",
+    ]
+
+
+def test_a_page_that_is_left_early_is_gone_on_with(
+    shapes: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Skipped images are answered, but not labelled."""
+    pipeline = Pipeline(preset(shapes, answers=None), tmp_path)
+    picks(tmp_path / "test-images", *sorted(p.name for p in (shapes / "images").iterdir()))
+    answers = Answers(tmp_path / "labels")
+    for number in range(45):
+        captions = ("a red square",) * (number < 5)
+        answers.add(
+            Answer(
+                image=f"{number:05d}.png",
+                captions=captions,
+                action="edit" if captions else "skip",
+                revision=1,
+                when="2026-01-01T00:00:00Z",
+            )
+        )
+    answers.close()
+    monkeypatch.setattr(label, "_serve", lambda *_, **__: None)  # the person leaves at once
+    step = next(step for step in planned(pipeline) if step.name == "test-labels")
+    with pytest.raises(TrainerError, match="5 of 40 images are labelled; give the same command"):
+        step.work(tmp_path / step.name)
+    assert not pipeline.test.exists()
 
 
 def test_a_folder_of_other_labels_is_left_alone(shapes: Path, tmp_path: Path, capsys) -> None:

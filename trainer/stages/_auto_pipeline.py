@@ -71,6 +71,10 @@ class Step:
     optional: bool = False
     trusted: bool = False
 
+    def keeps(self, gain: Interval) -> bool:
+        """Says whether what the step made takes the place of the model before."""
+        return not gain.high < 0 if self.trusted else gain.value >= 0
+
 
 class Pipeline:
     """What the steps share: the preset, the folders, and what is done.
@@ -122,7 +126,7 @@ class Pipeline:
         if run is not None:
             self._evaluate(run, self.folder / step.name)
             gain = self._gain(step.name)
-        kept = gain is None or (not gain.high < 0 if step.trusted else gain.value >= 0)
+        kept = gain is None or step.keeps(gain)
         if run is not None and kept:
             model = step.name
         done = Done(
@@ -136,6 +140,18 @@ class Pipeline:
         temporary = self._file.with_suffix(".tmp")
         temporary.write_text(self.state.model_dump_json(indent=2) + "\n", encoding="utf-8")
         temporary.replace(self._file)
+
+    def not_kept(self) -> list[str]:
+        """Returns what became of the steps that bought nothing, in words."""
+        words = []
+        for name, done in self.state.done.items():
+            if done.skipped is not None:
+                words.append(f"{name} was left out: {done.skipped}.")
+            elif not done.kept and done.gain is not None:
+                value, low, high = done.gain
+                change = f"it changed CIDEr-D by {value} ({low} to {high})"
+                words.append(f"{name} was tried and not kept: {change}.")
+        return words
 
     def recipe(self, *changes: Mapping[str, Any] | None, **tables: Any) -> Recipe:
         """Returns `[finetune]` with changes laid over it, table by table, and then `tables`.
@@ -229,4 +245,4 @@ def _over(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return None if math.isnan(value) else round(value, 4)

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import random
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -127,7 +128,8 @@ def _label(pipeline: Pipeline, picks: str, wanted: int) -> None:
         ),
         folder,
     )
-    count = len(read_examples(pipeline.answers, images=config.images))
+    answered = read_examples(pipeline.answers, images=config.images)
+    count = sum(bool(example.captions) for example in answered)  # others were skipped
     if count < wanted:
         raise TrainerError(
             f"{count} of {wanted} images are labelled; give the same command again to go on"
@@ -202,7 +204,7 @@ def _pseudo(pipeline: Pipeline) -> list[Step]:
 
 
 def _unlabelled(pipeline: Pipeline, limit: int) -> Path:
-    """Writes and returns the list of images to caption: nothing that resembles a test image."""
+    """Writes and returns the list of images to caption, drawn of those unlike any test image."""
     scan = scan_images(read_examples(pipeline.config.images))
     looks = {path: one.look for path, one in scan.fingerprints.items()}
     tested = pipeline.test_images()
@@ -212,6 +214,7 @@ def _unlabelled(pipeline: Pipeline, limit: int) -> Path:
         if not any(path.resolve() in tested for path in group)
         for path in group
     ]
+    random.Random(pipeline.config.seed).shuffle(free)
     path = pipeline.folder / "unlabelled.txt"
     lines = [str(image.resolve()) for image in free[:limit]]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -9,9 +9,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from exports.images import ImageSpec
+from trainer.captioner import Captioner
 from trainer.data import Example
 from trainer.decoding import sample
 from trainer.errors import CheckpointError
@@ -74,23 +76,50 @@ class Writer:
         torch.manual_seed((self._seed << 32) + number)
         pixels = [load_pixels(example.image, run.recipe.image) for example in examples]
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-        token_ids, lengths = sample(
+        found = drawn_captions(
+            run,
             self._captioner,
-            self._captioner.memory(images),
+            images,
             self._each,
             max_new_tokens=self._max_new_tokens,
             top_p=self._top_p,
-            prefix=run.prompt_ids,
         )
-        begin = 1 + len(run.prompt_ids)
-        texts = [
-            run.tokenizer.decode(ids[begin:length])
-            for ids, length in zip(token_ids.tolist(), lengths.tolist(), strict=True)
-        ]
-        return [
-            tuple(dict.fromkeys(text for text in texts[start : start + self._each] if text))
-            for start in range(0, len(texts), self._each)
-        ]
+        return [tuple(dict.fromkeys(text for text in own if text)) for own in found]
+
+
+def drawn_captions(
+    run: Run,
+    captioner: Captioner,
+    images: Tensor,
+    count: int,
+    *,
+    max_new_tokens: int,
+    top_p: float,
+) -> list[list[str]]:
+    """Returns `count` captions of each image (B, 3, H, W), by nucleus sampling.
+
+    Args:
+        run: that the captioner is of.
+        captioner: on the device of the images.
+        images: as the captioner takes them.
+        count: drawn of each; some may be alike, or empty.
+        max_new_tokens: where they are cut.
+        top_p: share of the probability that is drawn from.
+    """
+    prompt = run.prompt_ids
+    token_ids, lengths = sample(
+        captioner,
+        captioner.memory(images),
+        count,
+        max_new_tokens=max_new_tokens,
+        top_p=top_p,
+        prefix=prompt,
+    )
+    texts = [
+        run.tokenizer.decode(ids[1 + len(prompt) : length])
+        for ids, length in zip(token_ids.tolist(), lengths.tolist(), strict=True)
+    ]
+    return [texts[start : start + count] for start in range(0, len(texts), count)]
 
 
 def score_batches(

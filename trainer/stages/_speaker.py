@@ -12,9 +12,10 @@ from tqdm import tqdm
 from trainer.acquisition._head_gradients import head_gradients
 from trainer.data import Example
 from trainer.dataset import padded
-from trainer.decoding import TorchSteps, beam_search, sample
+from trainer.decoding import TorchSteps, beam_search
 from trainer.photos import load_pixels
 from trainer.run import Run
+from trainer.stages._candidates import drawn_captions
 
 _BATCH = 32
 
@@ -38,23 +39,17 @@ class RunSpeaker:
         self, rows: Sequence[int], count: int, *, top_p: float, max_new_tokens: int
     ) -> list[list[str]]:
         """Returns `count` captions drawn for each image, the same for the same rows."""
-        captioner, prompt = self._captioner(), self._run.prompt_ids
         found: list[list[str]] = []
         for number, (_, pixels) in enumerate(self._batches(rows, "drawing captions")):
             torch.manual_seed((self._seed << 32) + number)
-            token_ids, lengths = sample(
-                captioner,
-                captioner.memory(self._tensor(pixels)),
+            found += drawn_captions(
+                self._run,
+                self._captioner(),
+                self._tensor(pixels),
                 count,
                 max_new_tokens=max_new_tokens,
                 top_p=top_p,
-                prefix=prompt,
             )
-            texts = [
-                self._run.tokenizer.decode(ids[1 + len(prompt) : length])
-                for ids, length in zip(token_ids.tolist(), lengths.tolist(), strict=True)
-            ]
-            found += [texts[start : start + count] for start in range(0, len(texts), count)]
         return found
 
     def best(self, rows: Sequence[int]) -> list[str]:

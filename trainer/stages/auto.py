@@ -132,6 +132,7 @@ def _report(pipeline: Pipeline, steps: Sequence[Step]) -> report.Config:
             }
             for name in before
         ],
+        "notes": pipeline.not_kept(),
     }
     if len(config.round_labels) > 1:
         table["budget"] = {

@@ -67,6 +67,8 @@ class Config(BaseConfig):
     before: tuple[Folders, ...] = ()
     """Earlier steps, in their order."""
     budget: Budget | None = None
+    notes: tuple[str, ...] = ()
+    """What else a reader must know; stands beside the page's own warnings."""
     sheet_images: int = Field(default=60, ge=1)
 
 
@@ -132,7 +134,7 @@ def _report(config: Config, read: Sequence[_Read]) -> Report:
         pictures=there,
         limit=config.sheet_images,
         provenance=_provenance(last),
-        warnings=[*warnings, *_warnings(last)],
+        warnings=[*config.notes, *warnings, *_warnings(last)],
         command=shlex.join(["python", *sys.orig_argv[1:]]),
     )
 
