@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
+from trainer.config import Config
 from trainer.errors import DataError
 from trainer.readers import Row, read_rows
 
@@ -34,8 +37,21 @@ class Example:
     source: str = "human"
 
 
+class Only(Config):
+    """A part of a data set."""
+
+    names: Path | None = None
+    """Any file that names images, such as the `picks.csv` of `acquire`: these, in its order."""
+    first: int | None = Field(default=None, ge=1)
+    """So many of them, the first ones."""
+
+
 def read_examples(
-    source: Path, *, images: Path | None = None, split: str | None = None
+    source: Path,
+    *,
+    images: Path | None = None,
+    split: str | None = None,
+    only: Only | None = None,
 ) -> list[Example]:
     """Returns the examples of a data set, in file order, one for each image.
 
@@ -46,10 +62,12 @@ def read_examples(
         images: The folder that image names are relative to; by default the file's own
             folder, then its `images/` subfolder.
         split: Keeps the examples of this split only; "train" includes Karpathy's "restval".
+        only: Keeps a part of these.
 
     Raises:
-        DataError: The file cannot be understood, none of its images exist, or the split is
-            unknown. A few missing images are no error here: `photos.scan_images` names them.
+        DataError: The file cannot be understood, none of its images exist, the split is unknown,
+            or it lacks an image that `only` names. A few missing images are no error here:
+            `photos.scan_images` names them.
     """
     kind, rows = read_rows(source)
     _check_splits(rows)
@@ -63,7 +81,25 @@ def read_examples(
             f"{source}: none of its {len(examples)} images exist (looked in {looked} for "
             f"{rows[0].image}); name the folder that holds them with `images`"
         )
-    return examples
+    if only is not None and only.names is not None:
+        examples = _named(source, examples, only.names, roots)
+    return examples[: only.first if only is not None else None]
+
+
+def _named(
+    source: Path, examples: list[Example], names: Path, roots: Sequence[Path]
+) -> list[Example]:
+    """Returns the examples of the images that a file names, in its order."""
+    known: dict[Path, list[Example]] = {}
+    for example in examples:
+        known.setdefault(example.image, []).append(example)
+    rows = {locate(row.image, roots): row for row in read_rows(names)[1]}
+    if missing := [row for path, row in rows.items() if path not in known]:
+        raise DataError(
+            f"{missing[0].where}: {missing[0].image} is not in {source}, nor are "
+            f"{len(missing) - 1} others of the {len(rows)} images that {names} names"
+        )
+    return [example for path in rows for example in known[path]]
 
 
 def _rows_of_split(source: Path, rows: list[Row], split: str) -> list[Row]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from exports.errors import ImageError
 from exports.images import ImageSpec, preprocess
-from trainer.data import Example, describe, read_examples
+from trainer.data import Example, Only, describe, read_examples
 from trainer.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -160,13 +160,15 @@ def usable_examples(examples: Sequence[Example], *, progress: bool = True) -> li
     return report.ok
 
 
-def read_captioned(source: Path, images: Path | None, split: str | None) -> list[Example]:
+def read_captioned(
+    source: Path, images: Path | None, split: str | None, only: Only | None = None
+) -> list[Example]:
     """Returns the examples that have captions and whose images decode, and says what was read.
 
     Raises:
         DataError: the data set cannot be read, or has no such example.
     """
-    examples = read_examples(source, images=images, split=split)
+    examples = read_examples(source, images=images, split=split, only=only)
     print(describe(source, examples))
     captioned = [example for example in examples if example.captions]
     if not captioned:

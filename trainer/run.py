@@ -27,7 +27,7 @@ from trainer import variants
 from trainer.captioner import Captioner
 from trainer.checkpoint import CHECKPOINT
 from trainer.config import Config, validate, write_resolved
-from trainer.data import Example
+from trainer.data import Example, Only, read_examples
 from trainer.distributed import barrier, rank
 from trainer.errors import CheckpointError
 from trainer.loop import Loop, load_kept_weights
@@ -50,6 +50,8 @@ class Data(Config):
     images: Path | None = None
     """The folder that image names are relative to; by default found beside the files."""
     train_split: str | None = None
+    only: Only | None = None
+    """The part of `train` to learn from; by default all of it."""
     dev_split: str | None = None
     dev_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of `train` held out as `dev`, near-duplicates on one side; 0 where `dev` is named."""
@@ -60,6 +62,10 @@ class Data(Config):
     """Only with an encoder that is frozen from end to end: it looks once at so many augmented views
     of each image, which epochs take by turns, and is idle from then on. 0: every epoch has views
     of its own."""
+
+    def read(self) -> list[Example]:
+        """Returns the examples to learn from."""
+        return read_examples(self.train, images=self.images, split=self.train_split, only=self.only)
 
 
 class TokenizerConfig(Config):
@@ -120,6 +126,10 @@ class RawData(Config):
     """Decoded images are kept this much larger than `[image]`, so that crops of them stay sharp."""
     max_tokens: int = Field(default=40, ge=3)
     """Longer captions are cut."""
+
+    def read(self) -> list[Example]:
+        """Returns the examples to learn from."""
+        return read_examples(self.train, images=self.images, split=self.train_split)
 
 
 class PretrainRecipe(Config):

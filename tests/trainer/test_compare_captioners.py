@@ -223,6 +223,21 @@ def test_a_step_lays_its_keys_over_the_shared_tables_and_begins_where_the_last_o
     assert third.data.images == shapes / "images"
 
 
+def test_arms_may_learn_from_parts_that_differ_by_seed(
+    shapes: Path, labelled: Path, tmp_path: Path
+) -> None:
+    names = [example.image.name for example in read_examples(labelled, images=shapes / "images")]
+    for seed in (7, 8):
+        (tmp_path / f"{seed}.csv").write_text("image,rank\n" + f"{names[seed]},1\n{names[0]},2\n")
+    only = {"names": f"{tmp_path}/{{seed}}.csv", "first": 1}
+    arms = {"first": SUPERVISED, "part": {"steps": [{**LM, "data": {"only": only}}]}}
+    config = recipe(shapes, labelled, arms=arms, baseline="first")
+    for seed in (7, 8):
+        (step,) = steps(config, "part", seed)
+        assert step.images == 1
+        assert [one.image.name for one in step.config.data.read()] == [names[seed]]
+
+
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
@@ -234,8 +249,14 @@ def test_a_step_lays_its_keys_over_the_shared_tables_and_begins_where_the_last_o
         ({"steps": [LM, {**LM, "lop": {}}]}, "arms.arm, step 2: unknown key 'lop'"),
         ({"steps": [{**LM, "loop": {"epoch": 1}}]}, r"step 1: unknown key 'loop.epoch'"),
         ({"steps": [{"stage": "tune"}]}, "no stages called 'tune'; there are acq"),
-        ({"steps": [{**LM, "start": "{1}"}]}, r"step 1: \{1\} is no step .* there are first$"),
-        ({"steps": [LM, {**LM, "start": "{last}"}]}, r"step 2: \{last\} .* there are first, 1$"),
+        (
+            {"steps": [{**LM, "start": "{1}"}]},
+            r"step 1: \{1\} is no step .* there are seed, first$",
+        ),
+        (
+            {"steps": [LM, {**LM, "start": "{last}"}]},
+            r"step 2: \{last\} .* there are seed, first, 1$",
+        ),
         ({"steps": [{**LM, "share": 1.1}]}, "step 1: share: .* less than or equal to 1"),
         ({"steps": [LM, {**LM, "share": 0.5}]}, "arms.arm: its steps have shares of 1.5 of the 6 "),
         (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.data import Example, check_apart, describe, read_examples, write_coco
+from trainer.data import Example, Only, check_apart, describe, read_examples, write_coco
 from trainer.errors import DataError
 
 # Two captioned images and one without; one caption has a comma, quotes and an accent.
@@ -111,6 +111,23 @@ def test_a_list_of_names_gives_unlabelled_examples(pictures: Path) -> None:
         Example(pictures / "b.png", (), None),
         Example(pictures / "a.jpg", (), None),
     ]
+
+
+def test_a_part_is_kept_in_the_order_of_the_file_that_names_it(pictures: Path) -> None:
+    source = pictures.parent / "coco.json"
+    source.write_text(FILES["coco.json"])
+    picks = pictures.parent / "picks.csv"
+    picks.write_text("image,rank,score\nb.png,1,0.5\na.jpg,2,0.25\n")
+    found = read_examples(source, only=Only(names=picks))
+    assert [(item.image.name, item.captions) for item in found] == [
+        ("b.png", CAPTIONS["b.png"]),
+        ("a.jpg", CAPTIONS["a.jpg"]),
+    ]
+    assert read_examples(source, only=Only(names=picks, first=1)) == found[:1]
+    assert [item.image.name for item in read_examples(source, only=Only(first=1))] == ["a.jpg"]
+    picks.write_text("image\na.jpg\nz.jpg\ny.jpg\n")
+    with pytest.raises(DataError, match=r"picks\.csv:3: z\.jpg is not in .*, nor are 1 others of"):
+        read_examples(source, only=Only(names=picks))
 
 
 def test_a_split_is_honoured_and_train_includes_restval(pictures: Path) -> None:

@@ -1,8 +1,8 @@
 """Arms that are captioners, each made by steps; their captions of `[dev]` decide.
 
 `[arms.NAME] steps` is a list of them (see `trainer.stages._steps`), laid over the tables that all
-arms share. In any of a step's values `{1}` stands for the folder of the arm's first step, and
-`{NAME}` for the last one of an earlier arm of the same seed.
+arms share. In any of a step's values `{seed}` stands for the run's seed, `{1}` for the folder of
+the arm's first step, and `{NAME}` for the last one of an earlier arm of the same seed.
 """
 
 import json
@@ -16,7 +16,7 @@ from exports.manifest import Generation
 from trainer.comparison import CAPTIONERS, RunFigures, Sample
 from trainer.config import Config as BaseConfig
 from trainer.config import validate, write_resolved
-from trainer.data import check_apart, read_examples
+from trainer.data import check_apart
 from trainer.decoding import TorchSteps, best_hypotheses
 from trainer.errors import ConfigError
 from trainer.matching import MatcherConfig
@@ -30,7 +30,7 @@ from trainer.stages._arms import (
     check_arms,
     check_informative,
 )
-from trainer.stages._steps import Step, read_step, with_folders
+from trainer.stages._steps import Step, read_step, with_values
 from trainer.stages.bootstrap import Source
 
 CAPTIONS = "captions.json"
@@ -122,13 +122,13 @@ class CaptionerBench(Bench):
         sources = {
             source: f"arms.{name}"
             for name in self.config.arms
-            for step in self.steps_of(name, self.config.seeds[0])
+            for seed in self.config.seeds
+            for step in self.steps_of(name, seed)
             for source in step.sources
             if not source[0].is_relative_to(self._out_dir)
         }
-        for (data, images, split), where in sources.items():
-            known = read_examples(data, images=images, split=split)
-            check_apart(known, self._dev, f"{data} ({where})", "dev")
+        for (path, source), where in sources.items():
+            check_apart(source.read(), self._dev, f"{path} ({where})", "dev")
         self._pixels = load_all(self._dev, self.config.image)
 
     def about(self, name: str) -> Mapping[str, str]:
@@ -174,10 +174,11 @@ class CaptionerBench(Bench):
         """
         config, steps = self.config, list[Step]()
         arm, folder = validate(Arm, config.arms[name], f"arms.{name}"), self.folder_of(name, seed)
-        shared, known = config.shared, self._ends(name, seed)
+        shared = config.shared
+        known: dict[str, object] = {"seed": seed, **self._ends(name, seed)}
         for number, table in enumerate(arm.steps, 1):
             where, own = f"arms.{name}, step {number}", folder / str(number)
-            table = with_folders(table, known, where)
+            table = with_values(table, known, where)
             steps.append(read_step(table, shared, steps, seed=seed, folder=own, where=where))
             known[str(number)] = own
         if not isinstance(steps[-1].config, Recipe):

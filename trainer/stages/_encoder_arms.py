@@ -137,7 +137,7 @@ class EncoderBench(Bench):
         assert probe.dev is not None  # `read_arms` has seen to it
         dev = captioned(read_examples(probe.dev, images=probe.images, split=probe.dev_split))
         check_informative(probe.dev, dev)
-        examples = read_examples(data.train, images=data.images, split=data.train_split)
+        examples = data.read()
         print(describe(data.train, examples))
         if any(_reads_captions(arm) for arm in self.arms.values()):
             check_apart(captioned(examples), dev, "data.train with captions", "probe.dev")

@@ -21,7 +21,7 @@ from trainer.config import Config as BaseConfig
 from trainer.config import validate, write_resolved
 from trainer.data import read_examples
 from trainer.errors import ConfigError
-from trainer.run import Recipe
+from trainer.run import Data, Recipe
 from trainer.stages._arms import RESULT, Result, captioned, read_result, timed, words
 from trainer.stages.bootstrap import Source
 
@@ -51,20 +51,17 @@ class Step:
         return words(self.config.objective) if isinstance(self.config, Recipe) else self.stage
 
     @property
-    def sources(self) -> list[tuple[Path, Path | None, str | None]]:
-        """The data sets that it learns from or captions, with their images and splits."""
+    def sources(self) -> list[tuple[Path, Data | Source]]:
+        """The data sets that it learns from or captions, and where each is."""
         if isinstance(self.config, Recipe):
-            data = self.config.data
-            return [(data.train, data.images, data.train_split)]
-        tables = [table for _, table in self.config if isinstance(table, Source)]
-        return [(table.data, table.images, table.split) for table in tables]
+            return [(self.config.data.train, self.config.data)]
+        return [(table.data, table) for _, table in self.config if isinstance(table, Source)]
 
     @property
     def images(self) -> int:
         """How many images it learns from, or has found captions for."""
         if isinstance(self.config, Recipe):
-            ((data, images, split),) = self.sources
-            return len(captioned(read_examples(data, images=images, split=split)))
+            return len(captioned(self.config.data.read()))
         found = self.folder / "captions.csv"
         return len(read_examples(found)) if found.exists() else 0
 
@@ -141,16 +138,16 @@ def read_step(
     return Step(stage, config, folder)
 
 
-def with_folders(value: Any, known: Mapping[str, Path], where: str) -> Any:
-    """Returns a step's table with folders in place of their names in braces.
+def with_values(value: Any, known: Mapping[str, object], where: str) -> Any:
+    """Returns a step's table with what is known in place of its names in braces.
 
     Raises:
         ConfigError: there is no such name.
     """
     if isinstance(value, dict):
-        return {key: with_folders(part, known, where) for key, part in value.items()}
+        return {key: with_values(part, known, where) for key, part in value.items()}
     if isinstance(value, list):
-        return [with_folders(part, known, where) for part in value]
+        return [with_values(part, known, where) for part in value]
     if not isinstance(value, str):
         return value
     for name in _NAME.findall(value):

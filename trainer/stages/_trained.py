@@ -9,7 +9,6 @@ from typing import Any
 
 from trainer.charts import Curve
 from trainer.config import validate
-from trainer.data import read_examples
 from trainer.errors import CheckpointError
 from trainer.intervals import Interval
 from trainer.photos import read_captioned
@@ -92,10 +91,10 @@ class Trained:
             return 0
         data = recipe.data
         if data.dev_fraction:
-            examples = read_captioned(data.train, data.images, data.train_split)
+            examples = read_captioned(data.train, data.images, data.train_split, data.only)
             examples, _ = split_examples(examples, data.dev_fraction, recipe.seed)
         else:
-            examples = read_examples(data.train, images=data.images, split=data.train_split)
+            examples = data.read()
         known = {example.image.resolve() for example in examples if example.captions}
         return sum(image in known for image in images)
 

@@ -50,6 +50,10 @@ class Source(BaseConfig):
     images: Path | None = None
     split: str | None = None
 
+    def read(self) -> list[Example]:
+        """Returns its examples."""
+        return read_examples(self.data, images=self.images, split=self.split)
+
 
 class Config(BaseConfig):
     """A recipe that captions and filters."""
@@ -160,7 +164,7 @@ def _all(source: Source | None) -> list[Example]:
     """Returns the images of a data set, whether they have captions or not."""
     if source is None:
         return []
-    return usable_examples(read_examples(source.data, images=source.images, split=source.split))
+    return usable_examples(source.read())
 
 
 def _warn_of_seen(filter_run: Run, held_out: Sequence[Example]) -> None:
@@ -168,7 +172,7 @@ def _warn_of_seen(filter_run: Run, held_out: Sequence[Example]) -> None:
     data = filter_run.recipe.data
     if not data.train.exists():
         return
-    examples = read_examples(data.train, images=data.images, split=data.train_split)
+    examples = data.read()
     seen = {example.image.resolve() for example in examples}
     count = sum(example.image.resolve() in seen for example in held_out)
     if count:

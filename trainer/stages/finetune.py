@@ -136,7 +136,7 @@ def _train(
 def _read(config: Config) -> tuple[list[Example], list[Example]]:
     """Returns the examples to train on, and those that are captioned after an epoch, if any."""
     data = config.data
-    examples = read_captioned(data.train, data.images, data.train_split)
+    examples = read_captioned(data.train, data.images, data.train_split, data.only)
     if data.dev is None:
         if not data.dev_fraction:
             return examples, []

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from exports.text import TextSpec
 from trainer import variants
 from trainer.checkpoint import CHECKPOINT
-from trainer.data import Example, describe, read_examples
+from trainer.data import Example, describe
 from trainer.dataset import CaptionIds, ViewDataset
 from trainer.distributed import rank
 from trainer.errors import ConfigError, DataError
@@ -113,7 +113,7 @@ def _train(config: Config, out_dir: Path, probes: Probes | None) -> None:
 
 def _read(config: Config, *, reads_captions: bool) -> list[Example]:
     data = config.data
-    examples = read_examples(data.train, images=data.images, split=data.train_split)
+    examples = data.read()
     print(describe(data.train, examples))
     if reads_captions:
         examples = [example for example in examples if example.captions]

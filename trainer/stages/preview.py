@@ -17,7 +17,7 @@ from pydantic import RootModel, model_validator
 from exports.images import ImageSpec
 from trainer import variants
 from trainer.config import validate
-from trainer.data import Example, describe, read_examples
+from trainer.data import Example, describe
 from trainer.errors import ConfigError
 from trainer.photos import load_pixels, usable_examples
 from trainer.run import PretrainRecipe, Recipe
@@ -80,7 +80,7 @@ def _columns(recipe: PretrainRecipe | Recipe) -> dict[str, Transform]:
 def _drawn(recipe: PretrainRecipe | Recipe) -> list[Example]:
     """Returns a few of the recipe's images, drawn from its seed."""
     data = recipe.data
-    examples = read_examples(data.train, images=data.images, split=data.train_split)
+    examples = data.read()
     print(describe(data.train, examples))
     few = random.Random(recipe.seed).sample(examples, min(_IMAGES, len(examples)))
     return usable_examples(few, progress=False)
