@@ -63,7 +63,7 @@ class Log:
     """
 
     def __init__(self, path: Path, asked: Asked) -> None:
-        """Opens the file, or makes it; `close` when done.
+        """Opens the file, or makes it and its folder; `close` when done.
 
         Raises:
             LogRefused: Another run writes to it, or it holds something else.
@@ -73,6 +73,7 @@ class Log:
         self._asked = asked
         self._done: dict[str, Line] = {}
         self._sidecars: defaultdict[str, set[str]] = defaultdict(set)
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
         try:
             self._lock.acquire()

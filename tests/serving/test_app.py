@@ -13,7 +13,6 @@ from tiny_bundle import picture
 from exports.registry import Registry
 from serving.captioner import Captioner
 
-
 ENDS = ("", "/ready", "/infer")
 
 
