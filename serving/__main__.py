@@ -1,11 +1,9 @@
-"""`python -m serving`: runs the server, or captions files without one."""
+"""`python -m serving`: runs the server, or captions files and folders without one."""
 
 import argparse
-import json
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -13,13 +11,7 @@ from pydantic import ValidationError
 
 from exports.errors import ExportsError
 from exports.manifest import Rerank
-from exports.registry import Registry
-from serving.captioner import SLOTS, Captioner
-from serving.decode_image import ImageLimits, decode_image
-from serving.errors import CaptionError, UndecodableImage
-from serving.params import Caption, Params
-from serving.schema import CaptionAnswer
-from serving.session import Pixels
+from serving.errors import CaptionError
 from serving.settings import Settings
 
 _CHOSEN = ("num_beams", "num_captions", "max_new_tokens", "length_penalty", "prefix", "rerank")
@@ -56,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--local", action="store_true", help="one plain process, without Ray")
     command.set_defaults(command=_up)
 
-    command = commands.add_parser("caption", parents=[shared], help="caption files")
-    command.add_argument("photos", type=Path, nargs="+", metavar="PHOTO")
+    command = commands.add_parser("caption", parents=[shared], help="caption files or a folder")
+    command.add_argument("photos", type=Path, nargs="+", metavar="PHOTO|DIR")
     command.add_argument("--num-beams", type=int)
     command.add_argument("--num-captions", type=int)
     command.add_argument("--max-new-tokens", type=int)
@@ -69,6 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         help="sort captions by how well each fits; needs a model with a matcher",
     )
     command.add_argument("--json", action="store_true", help="one JSON object a photo")
+    command.add_argument(
+        "--out", type=Path, metavar="JSONL", help="append to a file; goes on where it stopped"
+    )
+    command.add_argument(
+        "--sidecar", action="store_true", help="also write photo.txt beside photo.jpg"
+    )
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace sidecars that somebody else wrote, too"
+    )
     command.set_defaults(command=_caption)
     return parser
 
@@ -93,55 +94,18 @@ def _up(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _caption(arguments: argparse.Namespace, settings: Settings) -> int:
-    bundle = Registry(settings.registry).resolve(settings.model)
-    captioner = Captioner.load(bundle.path, threads=settings.threads, provider=settings.provider)
+    from serving.bulk import caption
+
     chosen = {name: getattr(arguments, name) for name in _CHOSEN}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    params = Params.of(captioner.manifest.defaults, **chosen)
-    captioner.check(params)
-    failed = False
-    for path, result in _captioned(arguments.photos, captioner, params, settings):
-        if isinstance(result, CaptionError):
-            print(f"error: {path}: {result.detail}", file=sys.stderr, flush=True)
-            failed = True
-        else:
-            print(_json(path, result) if arguments.json else _text(path, result), flush=True)
-    return int(failed)
-
-
-def _captioned(
-    paths: Sequence[Path], captioner: Captioner, params: Params, settings: Settings
-) -> Iterator[tuple[Path, list[Caption] | CaptionError]]:
-    """Yields each file with its captions or what was wrong with it, in order, batch by batch."""
-    limits = ImageLimits(max_pixels=settings.max_pixels)
-    remaining = iter(paths)
-    while batch := list(islice(remaining, SLOTS)):
-        decoded = [_decoded(path, captioner, limits) for path in batch]
-        good = [pixels for pixels in decoded if not isinstance(pixels, CaptionError)]
-        captions = iter(captioner.caption_batch(good, [params] * len(good)) if good else ())
-        for path, pixels in zip(batch, decoded, strict=True):
-            yield path, pixels if isinstance(pixels, CaptionError) else next(captions)
-
-
-def _decoded(path: Path, captioner: Captioner, limits: ImageLimits) -> Pixels | CaptionError:
-    try:
-        return decode_image(path.read_bytes(), captioner.image_spec, limits)
-    except CaptionError as error:
-        return error
-    except OSError as error:
-        return UndecodableImage(error.strerror or "cannot be read")
-
-
-def _text(path: Path, captions: list[Caption]) -> str:
-    if len(captions) == 1:
-        return f"{path}: {captions[0].text}"
-    rows = (f"  {caption.score:7.3f}  {caption.text}" for caption in captions)
-    return "\n".join((f"{path}:", *rows))
-
-
-def _json(path: Path, captions: list[Caption]) -> str:
-    answers = [CaptionAnswer.model_validate(caption).model_dump() for caption in captions]
-    return json.dumps({"file": str(path), "captions": answers}, ensure_ascii=False)
+    return caption(
+        arguments.photos,
+        {name: value for name, value in chosen.items() if value is not None},
+        settings,
+        as_json=arguments.json,
+        out=arguments.out,
+        sidecar=arguments.sidecar,
+        overwrite=arguments.overwrite,
+    )
 
 
 if __name__ == "__main__":

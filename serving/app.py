@@ -1,11 +1,9 @@
 """The ASGI app: captions, models, probes, metrics, documentation and the page at `/`."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -17,30 +15,36 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path
 
-from serving.captioner import Captioner
-from serving.decode_image import ImageLimits, decode_image
-from serving.edge import Edge, until_gone
+from serving import chat, feedback, v2
+from serving.captioning import Server, answered, ready_captioner, server_of
+from serving.chat import ChatRequest
+from serving.decode_image import ImageLimits
+from serving.dialects import Dialects, InferenceError, OpenAIError
+from serving.edge import Edge
 from serving.engine import Engine
-from serving.errors import CaptionError, DeadlineExceeded, NotReady, UnknownModel
+from serving.errors import CaptionError
+from serving.feedback import FeedbackRequest
+from serving.feedback_store import FeedbackStore
 from serving.limits import Budget
 from serving.metrics import Metrics
 from serving.openapi import captions_operation, describe, documented
-from serving.params import Caption, Params
 from serving.problem import plain_problem, problem
-from serving.request import CaptionCall, read_call
+from serving.request import read_call
 from serving.schema import (
     CaptionAnswer,
-    CaptionParameters,
     CaptionsAnswer,
     Health,
     ImageAnswer,
     ModelsAnswer,
 )
-from serving.session import Pixels
 from serving.settings import Settings
 from serving.swap import ModelManager
+from serving.tensors import InferRequest
 
 PAGE = Path(__file__).with_name("page.html")
+
+# What routes read by themselves, and how they say what was wrong.
+_BODIES = (ChatRequest, InferRequest, FeedbackRequest, OpenAIError, InferenceError)
 
 # The page and its script are one file: nothing else may load or run, wherever the page is shown.
 _PAGE_HEADERS = {
@@ -52,20 +56,6 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Server:
-    """What the routes work with."""
-
-    settings: Settings
-    manager: ModelManager
-    engine: Engine
-    metrics: Metrics
-    limits: ImageLimits
-    decoders: ThreadPoolExecutor
-    held_bytes: Budget
-    held_images: Budget
 
 
 def create_app(
@@ -92,7 +82,7 @@ def create_app(
         redoc_url=None,
         openapi_url=None,
     )
-    app.state.server = _Server(
+    app.state.server = Server(
         settings,
         manager,
         engine,
@@ -109,13 +99,18 @@ def create_app(
             settings.max_queue + settings.max_rows,
             "As many images wait already as the server has room for.",
         ),
+        FeedbackStore(settings.feedback_dir, settings.feedback_bytes)
+        if settings.feedback_dir
+        else None,
     )
-    app.include_router(_api)
+    for router in (_api, chat.router, v2.router, feedback.router):
+        app.include_router(router)
     app.include_router(_pages)
     app.mount("/docs/assets", StaticFiles(directory=str(swagger_ui_path)), name="assets")
     app.add_exception_handler(CaptionError, _on_caption_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(Dialects)
     return app
 
 
@@ -137,15 +132,7 @@ async def post_captions(request: Request) -> Response:
     Send one image as the raw body, or several as multipart/form-data or JSON. A parameter may stand
     in the query, in the form or in the JSON; the body wins over the query.
     """
-    server = _server(request)
-    captioner = _ready(server)
-    with server.held_bytes.share() as take_bytes, server.held_images.share() as take_images:
-        call = await read_call(request, server.settings, take_bytes)
-        _check_model(call.parameters.model, captioner)
-        params = _params(captioner, call.parameters)
-        captioner.check(params)
-        take_images(len(call.images))
-        results = await until_gone(request.receive, _caption_all(server, captioner, call, params))
+    captioner, _, results = await answered(request, read_call)
     answer = CaptionsAnswer(
         model=captioner.name,
         version=captioner.version,
@@ -162,7 +149,7 @@ async def post_captions(request: Request) -> Response:
 @_api.get("/v1/models", tags=["captions"], summary="What is served, and why not something else")
 async def get_models(request: Request) -> ModelsAnswer:
     """Returns the model that this server follows, the version that answers, and the last error."""
-    return ModelsAnswer(models=[_server(request).manager.status()])
+    return ModelsAnswer(models=[server_of(request).manager.status()])
 
 
 @_api.get("/healthz", tags=["probes"], summary="Is the process alive?")
@@ -174,20 +161,20 @@ async def get_health() -> Health:
 @_api.get("/readyz", tags=["probes"], summary="Can it caption?", responses=documented(503))
 async def get_ready(request: Request) -> Health:
     """Returns ready once a bundle has given the captions that it promises."""
-    captioner = _ready(_server(request))
+    captioner = ready_captioner(server_of(request))
     return Health(status="ready", model=captioner.name, version=captioner.version)
 
 
 @_pages.get("/metrics")
 async def get_metrics(request: Request) -> Response:
     """Returns the metrics for Prometheus."""
-    return Response(_server(request).metrics.page(), media_type="text/plain; version=0.0.4")
+    return Response(server_of(request).metrics.page(), media_type="text/plain; version=0.0.4")
 
 
 @_pages.get("/openapi.json")
 async def get_document(request: Request) -> dict[str, Any]:
     """Returns the OpenAPI document."""
-    return describe(request.app)
+    return describe(request.app, _BODIES)
 
 
 @_pages.get("/docs")
@@ -203,79 +190,12 @@ async def get_docs() -> HTMLResponse:
 
 
 @_pages.get("/")
-async def get_page() -> HTMLResponse:
+async def get_page(request: Request) -> HTMLResponse:
     """Returns the page on which one drops a photograph."""
-    return HTMLResponse(PAGE.read_text("utf-8"), headers=_PAGE_HEADERS)
-
-
-def _server(request: Request) -> _Server:
-    server: _Server = request.app.state.server
-    return server
-
-
-def _ready(server: _Server) -> Captioner:
-    captioner = server.manager.current
-    if captioner is None:
-        status = server.manager.status()
-        why = status.last_error.reason if status.last_error else "it is being loaded"
-        raise NotReady(f"No model answers yet: {status.reference}: {why}.")
-    return captioner
-
-
-def _check_model(reference: str, captioner: Captioner) -> None:
-    served = f"{captioner.name}@{captioner.version}"
-    if reference not in ("", captioner.name, served):
-        raise UnknownModel(f"{reference!a} is not served here; {served} is.")
-
-
-def _params(captioner: Captioner, given: CaptionParameters) -> Params:
-    chosen = given.model_dump(exclude_unset=True, exclude={"model"})
-    return Params.of(captioner.manifest.defaults, **chosen)
-
-
-async def _caption_all(
-    server: _Server, captioner: Captioner, call: CaptionCall, params: Params
-) -> list[list[Caption]]:
-    """Returns the captions of each image.
-
-    Raises:
-        CaptionError: What the first image that failed met; the others are dropped.
-        DeadlineExceeded: They were not there in time.
-    """
-    allowed = server.settings.deadline_s
-    deadline = time.monotonic() + allowed
-    total = len(call.images)
-
-    async def one(place: int, body: bytes) -> list[Caption]:
-        try:
-            pixels = await _decoded(server, captioner, body)
-            return await server.engine.submit(captioner, pixels, params, deadline)
-        except CaptionError as error:
-            if total > 1:
-                error.detail = f"Image {place} of {total}: {error.detail}"
-            raise
-
-    try:
-        async with asyncio.timeout(allowed), asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(at, body)) for at, body in enumerate(call.images, 1)]
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"No captions within {allowed:g} s.") from error
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-async def _decoded(server: _Server, captioner: Captioner, body: bytes) -> Pixels:
-    """Decodes on one of the threads for it, which stays taken though the client may have left."""
-    waiting = [body]
-
-    def decode() -> Pixels:
-        return decode_image(waiting.pop(), captioner.image_spec, server.limits)
-
-    try:
-        return await asyncio.get_running_loop().run_in_executor(server.decoders, decode)
-    finally:
-        waiting.clear()  # what is cancelled stays in the pool until its turn: not so its bytes
+    page = PAGE.read_text("utf-8")
+    if server_of(request).feedback is not None:
+        page = page.replace("<body>", "<body data-feedback>")
+    return HTMLResponse(page, headers=_PAGE_HEADERS)
 
 
 async def _on_caption_error(request: Request, error: Exception) -> Response:

@@ -40,7 +40,7 @@ def decode_image(body: bytes, spec: ImageSpec, limits: ImageLimits) -> npt.NDArr
     """
     if not body:
         raise UndecodableImage("The body is empty: send the bytes of an image file.")
-    kind = _sniff(body)
+    kind = sniff(body)
     if kind is None:
         raise NotAnImage(f"The bytes are none of the image types read here: {_TYPES}.")
     image = _open(body, kind, limits)
@@ -75,7 +75,7 @@ def _tile_size(image: Image.Image) -> tuple[int, int]:
     return int(image.tag_v2.get(_TILE_WIDTH, 0)), int(image.tag_v2.get(_TILE_LENGTH, 0))
 
 
-def _sniff(body: bytes) -> str | None:
+def sniff(body: bytes) -> str | None:
     """Returns Pillow's name of the image type that `body` begins like."""
     if body.startswith(b"\xff\xd8\xff"):
         return "JPEG"

@@ -26,9 +26,14 @@ _CLIENT_GONE = 499
 
 _ROUTES = {
     "/v1/captions": "captions",
+    "/v1/chat/completions": "chat",
+    "/v1/feedback": "feedback",
     "/v1/models": "models",
     "/healthz": "health",
     "/readyz": "health",
+    "/v2": "models",
+    "/v2/health/live": "health",
+    "/v2/health/ready": "health",
     "/metrics": "metrics",
     "/": "page",
     "/docs": "page",
@@ -73,8 +78,7 @@ class Edge:
                 raise  # half an answer is out: only the server can break the connection off
             await internal_problem(request_id)(scope, receive, send_with_id)
         finally:
-            route = "page" if path.startswith("/docs/") else _ROUTES.get(path, "other")
-            self.metrics.request_finished(route, code, time.perf_counter() - start)
+            self.metrics.request_finished(_route(path), code, time.perf_counter() - start)
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -99,6 +103,15 @@ async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _route(path: str) -> str:
+    """Returns what an address is called in the metrics."""
+    if path.startswith("/docs/"):
+        return "page"
+    if path.startswith("/v2/models/"):
+        return "infer" if path.endswith("/infer") else "models"
+    return _ROUTES.get(path, "other")
 
 
 def _request_id(scope: Scope) -> str:

@@ -4,6 +4,7 @@ CaptionError                    500
  +- MalformedRequest            400  the body is not what its type says
  +- UndecodableImage            400  an image type that we read, but the bytes are damaged
  +- UnknownModel                404
+ +- FeedbackOff                 404
  +- BodyTimeout                 408  the body did not arrive in time
  +- ImageTooLarge               413  more bytes or pixels than the limits allow
  +- NotAnImage                  415
@@ -11,8 +12,10 @@ CaptionError                    500
  +- QueueFull                   429  no room for more; carries `retry_after`, whole seconds
  +- CaptionFailed               500  the model gave no caption for this image
  +- BundleRejected              500  a bundle that must not be served; never reaches a client
+ +- LogRefused                  500  a file of bulk captioning; the command line's alone
  +- NotReady                    503
  +- DeadlineExceeded            504
+ +- StorageFull                 507  no room on disk for feedback
 
 `status` and `title` belong to the class; `detail` belongs to the occurrence and may be shown to a
 client.
@@ -52,6 +55,13 @@ class UnknownModel(CaptionError):
 
     status = 404
     title = "Unknown model"
+
+
+class FeedbackOff(CaptionError):
+    """This server keeps no feedback."""
+
+    status = 404
+    title = "Feedback is off"
 
 
 class BodyTimeout(CaptionError):
@@ -108,6 +118,13 @@ class BundleRejected(CaptionError):
     title = "Bundle rejected"
 
 
+class LogRefused(CaptionError):
+    """The file that bulk captioning should append to cannot be, or is none of its own."""
+
+    status = 500
+    title = "Log refused"
+
+
 class NotReady(CaptionError):
     """No model is loaded yet, or the server is closing."""
 
@@ -120,3 +137,10 @@ class DeadlineExceeded(CaptionError):
 
     status = 504
     title = "Deadline exceeded"
+
+
+class StorageFull(CaptionError):
+    """The disk, or the part of it that feedback may take, is full."""
+
+    status = 507
+    title = "Storage full"

@@ -20,6 +20,7 @@ from prometheus_client import (
 
 MAX_SERIES = 60
 _MAX_PAIRS = 24
+_CAPTIONING = frozenset({"captions", "chat", "infer"})  # routes
 
 # Without this every counter and histogram has a second, useless series: the time it was made.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -94,7 +95,7 @@ class Metrics:
         self._running.inc()
 
     def request_finished(self, route: str, code: int, seconds: float) -> None:
-        """Count an answered request; latency is kept for the captions route alone."""
+        """Count an answered request; latency is kept for routes that caption."""
         self._running.dec()
         pair = (route, str(code))
         with self._lock:
@@ -103,7 +104,7 @@ class Metrics:
                     pair = ("other", "other")
                 self._pairs.add(pair)
         self._requests.labels(*pair).inc()
-        if route == "captions":
+        if route in _CAPTIONING:
             self._seconds.observe(seconds)
 
     def observe_queue_wait(self, seconds: float) -> None:

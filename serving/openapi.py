@@ -3,10 +3,12 @@
 The document is OpenAPI 3.0.3, since the Swagger UI that PyPI carries reads no 3.1.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serving.problem import MEDIA_TYPE
@@ -28,17 +30,24 @@ MEANINGS = {
     500: "The model gave no caption, or the server failed",
     503: "No model is loaded yet",
     504: "The deadline passed before the captions were there",
+    507: "No room on disk for feedback",
 }
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
-    """Returns the OpenAPI document of `app`; made once."""
+def describe(app: FastAPI, models: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    """Returns the OpenAPI document of `app`; made once.
+
+    Args:
+        app: Its routes are described.
+        models: Of bodies that routes read by themselves, and of errors.
+    """
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
+        bodies: list[type[BaseModel]] = [CaptionRequest, Problem, *models]
         _, extra = models_json_schema(
-            [(CaptionRequest, "validation"), (Problem, "validation")], ref_template=_REF
+            [(model, "validation") for model in bodies], ref_template=_REF
         )
         document["components"]["schemas"].update(extra["$defs"])
         app.openapi_schema = _as_3_0(document)
@@ -86,12 +95,35 @@ def captions_operation() -> dict[str, Any]:
     }
 
 
-def documented(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Returns OpenAPI's `responses` for the problems that a route can answer."""
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Returns the body of an operation that takes JSON only; `describe` must know the model."""
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def form_or_json(fields: type[BaseModel], model: type[BaseModel]) -> dict[str, Any]:
+    """Returns the two body forms of an operation that takes one image and fields beside it."""
+    operation = json_body(model)
+    parts = {"image": _BINARY} | fields.model_json_schema()["properties"]
+    operation["requestBody"]["content"]["multipart/form-data"] = {
+        "schema": {
+            "type": "object",
+            "required": ["image"],
+            "additionalProperties": False,
+            "properties": parts,
+        }
+    }
+    return operation
+
+
+def documented(
+    *codes: int, model: type[BaseModel] = Problem, media_type: str = MEDIA_TYPE
+) -> dict[int | str, dict[str, Any]]:
+    """Returns OpenAPI's `responses` for the errors that a route can answer, and their form."""
     answers: dict[int | str, dict[str, Any]] = {
         code: {
             "description": MEANINGS[code],
-            "content": {MEDIA_TYPE: {"schema": {"$ref": _REF.format(model="Problem")}}},
+            "content": {media_type: {"schema": {"$ref": _REF.format(model=model.__name__)}}},
         }
         for code in codes
     }

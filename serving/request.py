@@ -10,6 +10,7 @@ import binascii
 import json
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,6 +35,7 @@ _TYPES = "image/*, multipart/form-data or application/json"
 _KNOWN = tuple(CaptionParameters.model_fields)
 _CHARSETS = (b"utf-8", b"us-ascii")
 _SLICE = 256 * 1024
+_REASONS = 5  # of one refusal; the sixth mends nothing that the first five do not
 
 
 class ClientGone(Exception):
@@ -65,24 +67,35 @@ async def read_call(request: Request, settings: Settings, take: Take) -> Caption
         ParameterError: A parameter is unknown, given twice or out of range, or no image is there.
         ClientGone: The client closed the connection.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request)
     query = _once(request.query_params.multi_items())
     if kind == "application/json":
         return await asyncio.to_thread(
-            _from_json, await _body(request, settings, take), query, settings.max_images
+            _from_json, await whole_body(request, settings, take), query, settings.max_images
         )
     if kind == "multipart/form-data":
-        boundary = _boundary(request.headers["content-type"])
-        body = await _body(request, settings, take)
-        return await _from_form(request.headers, boundary, body, query, settings)
+        images, fields = await read_form(request, settings, take)
+        parameters = parameters_of(query, fields)
+        _check_count(len(images), settings.max_images)
+        return CaptionCall(images, parameters)
     if not kind.startswith("image/"):
-        shown = _shown(kind) if kind else "no Content-Type"
-        raise NotAnImage(f"The body must be {_TYPES}; this one has {shown}.")
-    parameters = _parameters(query)  # before the body: a wrong name need not cost an upload
-    return CaptionCall([await _body(request, settings, take)], parameters)
+        found = shown(kind) if kind else "no Content-Type"
+        raise NotAnImage(f"The body must be {_TYPES}; this one has {found}.")
+    parameters = parameters_of(query)  # before the body: a wrong name need not cost an upload
+    return CaptionCall([await whole_body(request, settings, take)], parameters)
 
 
-async def _body(request: Request, settings: Settings, take: Take) -> bytes:
+def media_type(request: Request) -> str:
+    """Returns the type that a body says it is of, in lower case and without its options."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def whole_body(request: Request, settings: Settings, take: Take) -> bytes:
+    """Reads a body within the bounds of the settings; see `read_body`.
+
+    Raises:
+        MalformedRequest: It is empty.
+    """
     body = await read_body(
         request.receive,
         request.headers,
@@ -136,18 +149,30 @@ async def read_body(
 
 def _from_json(body: bytes, query: dict[str, Any], max_images: int) -> CaptionCall:
     """Reads `{"images": ["<base64>", ...], parameter: value, ...}`."""
+    fields = json_object(body, '{"images": ["<base64>", ...]}')
+    images = fields.pop("images", None)
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ParameterError('images must be a list of base64 strings: {"images": ["..."]}.')
+    parameters = parameters_of(query, fields, strict=True, beside="images")
+    _check_count(len(images), max_images)
+    decoded = [from_base64(image, f"images[{at}]") for at, image in enumerate(images)]
+    return CaptionCall(decoded, parameters)
+
+
+def json_object(body: bytes, form: str) -> dict[str, Any]:
+    """Returns the JSON object that a body is; `form` shows one.
+
+    Raises:
+        MalformedRequest: It is not JSON.
+        ParameterError: It is no object, or one in it has a key twice.
+    """
     try:
         fields = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise MalformedRequest("The body is not valid JSON.") from error
     if not isinstance(fields, dict):
-        raise ParameterError('The JSON must be an object: {"images": ["<base64>", ...]}.')
-    images = fields.pop("images", None)
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ParameterError('images must be a list of base64 strings: {"images": ["..."]}.')
-    parameters = _parameters(query, fields, strict=True)
-    _check_count(len(images), max_images)
-    return CaptionCall([_decoded(image, at) for at, image in enumerate(images)], parameters)
+        raise ParameterError(f"The JSON must be an object: {form}.")
+    return fields
 
 
 def _boundary(content_type: str) -> bytes:
@@ -160,14 +185,21 @@ def _boundary(content_type: str) -> bytes:
     return options.get(b"boundary", b"\n")
 
 
-async def _from_form(
-    headers: Headers, boundary: bytes, body: bytes, query: dict[str, Any], settings: Settings
-) -> CaptionCall:
-    """Reads parts named `image`, each a file, and parts named like a parameter."""
+async def read_form(
+    request: Request, settings: Settings, take: Take
+) -> tuple[list[bytes], dict[str, Any]]:
+    """Reads multipart/form-data: the parts named `image`, each a file, and the others by name.
+
+    Raises:
+        MalformedRequest: The body is no form.
+        ParameterError: A part other than `image` is there twice.
+    """
+    boundary = _boundary(request.headers["content-type"])
+    body = await whole_body(request, settings, take)
     malformed = MalformedRequest("The body is not valid multipart/form-data.")
     if b"--%b--" % boundary not in body:
         raise malformed  # the parser would drop a part that is cut off, and say nothing
-    parser = MultiPartParser(headers, _slices(body))
+    parser = MultiPartParser(request.headers, _slices(body))
     parser.spool_max_size = settings.max_body_bytes  # parts stay in memory: no disk is needed
     try:
         form = await parser.parse()
@@ -176,11 +208,9 @@ async def _from_form(
     try:
         items = form.multi_items()
         images = [await _file(item).read() for name, item in items if name == "image"]
-        parameters = _parameters(query, _once(pair for pair in items if pair[0] != "image"))
+        return images, _once(pair for pair in items if pair[0] != "image")
     finally:
         await form.close()
-    _check_count(len(images), settings.max_images)
-    return CaptionCall(images, parameters)
 
 
 async def _slices(body: bytes) -> AsyncGenerator[bytes, None]:
@@ -195,8 +225,12 @@ def _file(part: UploadFile | str) -> UploadFile:
     return part
 
 
-def _parameters(
-    query: dict[str, Any], fields: dict[str, Any] | None = None, *, strict: bool = False
+def parameters_of(
+    query: dict[str, Any],
+    fields: dict[str, Any] | None = None,
+    *,
+    strict: bool = False,
+    beside: str = "image",
 ) -> CaptionParameters:
     """Returns the parameters of the query and of the body's `fields`, which win over it.
 
@@ -204,21 +238,30 @@ def _parameters(
         query: Names and strings.
         fields: Names and values.
         strict: Whether values keep their JSON types: then "4" is no number.
+        beside: What else may stand there, for the words about a name that may not.
     """
     fields = fields or {}
     for name in (*query, *fields):
         if name not in _KNOWN:
-            known = ", ".join((*_KNOWN, "images" if strict else "image"))
-            raise ParameterError(f"There is no parameter {_shown(name)}; there are {known}.")
+            known = ", ".join((*_KNOWN, beside))
+            raise ParameterError(f"There is no parameter {shown(name)}; there are {known}.")
         if isinstance(fields.get(name), UploadFile):
             raise ParameterError(f"{name} must not be a file.")
     try:
         from_query = CaptionParameters.model_validate(query)
         from_fields = CaptionParameters.model_validate(fields, strict=strict)
     except ValidationError as error:
-        reasons = (f"{item['loc'][0]}: {item['msg']}" for item in error.errors(include_url=False))
-        raise ParameterError("; ".join(reasons) + ".") from error
+        raise out_of_range(error) from error
     return from_query.model_copy(update=from_fields.model_dump(exclude_unset=True))
+
+
+def out_of_range(error: ValidationError) -> ParameterError:
+    """Returns what a client hears of values that do not fit their model: each by its place."""
+    reasons = (
+        f"{'.'.join(map(str, item['loc'])) or 'the body'}: {item['msg']}"
+        for item in error.errors(include_url=False, include_context=False, include_input=False)
+    )
+    return ParameterError("; ".join(islice(reasons, _REASONS)) + ".")
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -226,7 +269,7 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ParameterError(f"{_shown(name)} is given twice.")
+            raise ParameterError(f"{shown(name)} is given twice.")
         found[name] = value
     return found
 
@@ -236,17 +279,22 @@ def _check_count(count: int, limit: int) -> None:
         raise ParameterError(f"A request holds 1 to {limit} images; this one has {count}.")
 
 
-def _decoded(image: str, at: int) -> bytes:
+def from_base64(text: str, name: str) -> bytes:
+    """Returns the bytes that stand in base64 under a name.
+
+    Raises:
+        MalformedRequest: They do not.
+    """
     try:
-        return base64.b64decode(image, validate=True)
+        return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MalformedRequest(f"images[{at}] is not valid base64 (RFC 4648).") from error
+        raise MalformedRequest(f"{name} is not valid base64 (RFC 4648).") from error
 
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """Returns a client's own words, short and in ASCII, to show them back."""
     return ascii(name if len(name) <= 60 else name[:60] + "...")

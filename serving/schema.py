@@ -1,8 +1,9 @@
 """What stands in the requests and answers of the REST interface."""
 
+from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 
 from exports.manifest import Rerank
 from serving.limits import MAX_LENGTH_PENALTY
@@ -141,10 +142,38 @@ class ModelAnswer(BaseModel):
     last_error: SwapError | None
 
 
+class ListedModel(BaseModel):
+    """A model in the words of the OpenAI interface."""
+
+    id: str = Field(description="What `model` may be in a request.", examples=["cutline-base"])
+    object: str = Field(default="model", examples=["model"])
+    created: int = Field(description="Seconds since 1970, UTC")
+    owned_by: str = Field(default="cutline", examples=["cutline"])
+
+
 class ModelsAnswer(BaseModel):
-    """The answer to `GET /v1/models`."""
+    """The answer to `GET /v1/models`; `object` and `data` are what OpenAI's clients read."""
 
     models: list[ModelAnswer]
+
+    @computed_field(examples=["list"])
+    def object(self) -> str:
+        """The kind of answer."""
+        return "list"
+
+    @computed_field
+    def data(self) -> list[ListedModel]:
+        """The models that answer now."""
+        active = (model.active for model in self.models)
+        return [ListedModel(id=one.name, created=_seconds(one.created)) for one in active if one]
+
+
+def _seconds(created: str) -> int:
+    """Returns a time in ISO 8601 as seconds since 1970; 0 where it is none."""
+    try:
+        return int(datetime.fromisoformat(created).timestamp())
+    except ValueError:
+        return 0
 
 
 class Health(BaseModel):

@@ -46,3 +46,10 @@ class Settings(BaseSettings):
     max_pixels: PositiveInt = Field(MAX_PIXELS, description="pixels of one image, before decoding")
     stall_s: PositiveFloat = Field(10.0, description="longest silence while a body is read")
     body_s: PositiveFloat = Field(120.0, description="longest time to read a body")
+
+    feedback_dir: Path | None = Field(
+        None, description="folder for corrections and their photographs; without it none are taken"
+    )
+    feedback_bytes: PositiveInt = Field(
+        1024 * 1024 * 1024, description="bytes that feedback may take there; beyond that 507"
+    )

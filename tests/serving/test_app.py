@@ -13,6 +13,8 @@ from tiny_bundle import picture
 from exports.registry import Registry
 from serving.captioner import Captioner
 
+ENDS = ("", "/ready", "/infer")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, tiny_bundles):
@@ -150,7 +152,12 @@ def test_the_documentation_is_complete_and_comes_from_here(live):
         assert f"docs/assets/{asset}" in page
         assert live.client.get(f"/docs/assets/{asset}").status_code == 200
     document = live.client.get("/openapi.json").json()
-    assert set(document["paths"]) == {"/v1/captions", "/v1/models", "/healthz", "/readyz"}
+    v2 = "/v2/models/{model}"
+    assert set(document["paths"]) == {
+        *("/v1/captions", "/v1/models", "/v1/chat/completions", "/v1/feedback"),
+        *("/healthz", "/readyz", "/v2", "/v2/health/live", "/v2/health/ready"),
+        *(v2 + version + end for version in ("", "/versions/{version}") for end in ENDS),
+    }
     operation = document["paths"]["/v1/captions"]["post"]
     codes = {"200", "400", "404", "408", "413", "415", "422", "429", "500", "503", "504"}
     assert set(operation["responses"]) == codes

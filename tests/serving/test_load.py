@@ -10,7 +10,7 @@ import pytest
 from live import PATIENCE_S, Held, captions_of, check_problem, expected, head, running, until
 
 from exports.registry import Registry
-from serving import app
+from serving import captioning
 from serving.decode_image import decode_image
 
 
@@ -54,7 +54,7 @@ class SlowDecoding:
 @pytest.fixture
 def decoding(monkeypatch):
     decoding = SlowDecoding()
-    monkeypatch.setattr(app, "decode_image", decoding)
+    monkeypatch.setattr(captioning, "decode_image", decoding)
     yield decoding
     decoding.go_on.set()
 

@@ -119,6 +119,6 @@ def test_a_narrow_window_is_one_column_without_scrolling_sideways(page):
 
 def test_the_interface_is_documented_without_a_network(page, live):
     page.open(str(live.client.base_url.join("/docs")))
-    page.until("document.querySelectorAll('.opblock').length === 4")
+    page.until("document.querySelectorAll('.opblock').length === 15")
     assert all(url.startswith((str(live.client.base_url), "data:")) for url in page.requests)
     assert page.errors == []
