@@ -3,6 +3,7 @@
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -62,15 +63,18 @@ SYSTEMS = [
 
 
 def random_captioner(
-    encoder: str, bridge: str = "cross_attention", decoder: str = "gpt2"
+    encoder: str, bridge: str = "cross_attention", decoder: str = "gpt2", **changes: Any
 ) -> Captioner:
     torch.manual_seed(3)
-    bridges = {"prefix": {"length": 3}, "perceiver": {"latents": 4, "layers": 1, "heads": 2}}
+    bridges: dict[str, dict[str, Any]] = {
+        "prefix": {"length": 3},
+        "perceiver": {"latents": 4, "layers": 1, "heads": 2},
+    }
     sizes = {"width": 32, "layers": 2, "heads": 2, "max_length": 14}
     sizes |= {"key_value_heads": 1} if decoder == "llama" else {}
     captioner = Captioner(
         encoder=ENCODERS[encoder],
-        bridge={"name": bridge, **bridges.get(bridge, {})},
+        bridge={"name": bridge, **bridges.get(bridge, {}), **changes},
         decoder={"name": decoder, **sizes},
         image=ImageSpec(height=64, width=48),
         text=TEXT,
@@ -106,6 +110,11 @@ def test_the_graphs_behave_as_the_model(encoder: str) -> None:
 )
 def test_the_graphs_of_every_system_behave_as_the_model(decoder: str, bridge: str) -> None:
     check_graphs(random_captioner("timm_vit", bridge, decoder))
+
+
+def test_a_prefix_that_a_transformer_maps_is_exported_for_any_number_of_images() -> None:
+    changes = {"mapper": "transformer", "layers": 1, "heads": 2}
+    check_graphs(random_captioner("timm_vit", "prefix", **changes))
 
 
 def check_graphs(captioner: Captioner) -> None:

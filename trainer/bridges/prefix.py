@@ -92,7 +92,7 @@ class _Transformer(Positioned):
 
     def forward(self, image_tokens: Tensor) -> Tensor:
         seen = self.project(image_tokens) + self.position
-        hidden = torch.cat([seen, self.constants.expand(len(seen), -1, -1)], dim=1)
+        hidden = torch.cat([seen, self.constants.expand(seen.shape[0], -1, -1)], dim=1)
         for layer in self.layers:
             hidden = layer(hidden)
         mapped: Tensor = self.norm(hidden[:, seen.shape[1] :])
