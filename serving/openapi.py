@@ -19,6 +19,7 @@ _BINARY = {"type": "string", "format": "binary"}
 # What each code of `POST /v1/captions` means, for the OpenAPI page.
 MEANINGS = {
     400: "An empty, truncated or undecodable image, wrong base64, or a malformed body",
+    401: "No key, or one that is not known here",
     404: "No such model or version is served here",
     408: "The body did not arrive in time",
     413: "Too many bytes in the body, or too many pixels in an image",
@@ -31,8 +32,16 @@ MEANINGS = {
 }
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
-    """Returns the OpenAPI document of `app`; made once."""
+# Where the server has no keys, none is needed.
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+_ANY_SCHEME: list[dict[str, list[str]]] = [{name: []} for name in _SCHEMES]
+
+
+def describe(app: FastAPI, *, keys: bool = False) -> dict[str, Any]:
+    """Returns the OpenAPI document of `app`, where a key is asked for or not; made once."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
@@ -41,9 +50,23 @@ def describe(app: FastAPI) -> dict[str, Any]:
             [(CaptionRequest, "validation"), (Problem, "validation")], ref_template=_REF
         )
         document["components"]["schemas"].update(extra["$defs"])
+        document["components"]["securitySchemes"] = _SCHEMES
+        if keys:
+            _ask_for_key(document)
         app.openapi_schema = _as_3_0(document)
         app.openapi_schema["openapi"] = "3.0.3"
     return app.openapi_schema
+
+
+def _ask_for_key(document: dict[str, Any]) -> None:
+    """Says which operations need a key, and what is answered without."""
+    document["security"] = _ANY_SCHEME
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "probes" in operation.get("tags", ()):
+                operation["security"] = []
+            else:
+                operation["responses"] = {**operation["responses"], **documented(401, 429)}
 
 
 def captions_operation() -> dict[str, Any]:

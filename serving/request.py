@@ -7,9 +7,8 @@ whatever `Content-Length` says, and a client that falls silent is let go.
 import asyncio
 import base64
 import binascii
-import json
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,6 +25,8 @@ from serving.errors import (
     NotAnImage,
     ParameterError,
 )
+from serving.fetch import Fetcher
+from serving.json_body import read_json
 from serving.limits import Take
 from serving.schema import CaptionParameters
 from serving.settings import Settings
@@ -46,6 +47,7 @@ class CaptionCall:
 
     images: list[bytes]
     parameters: CaptionParameters
+    urls: tuple[str, ...] = ()  # of images that come after the others
 
 
 async def read_call(request: Request, settings: Settings, take: Take) -> CaptionCall:
@@ -62,15 +64,18 @@ async def read_call(request: Request, settings: Settings, take: Take) -> Caption
         MalformedRequest: The body is empty, or not what its type says.
         ImageTooLarge: The body has too many bytes.
         BodyTimeout: The body stalls.
-        ParameterError: A parameter is unknown, given twice or out of range, or no image is there.
+        ParameterError: A parameter is unknown, given twice or out of range, or no image is there,
+            or one is at an address that may not be fetched.
+        FetchFailed: An image could not be fetched.
         ClientGone: The client closed the connection.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     query = _once(request.query_params.multi_items())
     if kind == "application/json":
-        return await asyncio.to_thread(
+        call = await asyncio.to_thread(
             _from_json, await _body(request, settings, take), query, settings.max_images
         )
+        return await _fetched(call, settings, take) if call.urls else call
     if kind == "multipart/form-data":
         boundary = _boundary(request.headers["content-type"])
         body = await _body(request, settings, take)
@@ -135,19 +140,33 @@ async def read_body(
 
 
 def _from_json(body: bytes, query: dict[str, Any], max_images: int) -> CaptionCall:
-    """Reads `{"images": ["<base64>", ...], parameter: value, ...}`."""
-    try:
-        fields = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise MalformedRequest("The body is not valid JSON.") from error
+    """Reads `{"images": ["<base64>", ...], "urls": [...], parameter: value, ...}`."""
+    fields = read_json(body, object_pairs_hook=_once)
     if not isinstance(fields, dict):
         raise ParameterError('The JSON must be an object: {"images": ["<base64>", ...]}.')
-    images = fields.pop("images", None)
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ParameterError('images must be a list of base64 strings: {"images": ["..."]}.')
+    urls = _strings(fields.pop("urls", []), "urls must be a list of addresses.")
+    images = _strings(
+        fields.pop("images", [] if urls else None),
+        'images must be a list of base64 strings: {"images": ["..."]}.',
+    )
     parameters = _parameters(query, fields, strict=True)
-    _check_count(len(images), max_images)
-    return CaptionCall([_decoded(image, at) for at, image in enumerate(images)], parameters)
+    _check_count(len(images) + len(urls), max_images)
+    decoded = [_decoded(image, at) for at, image in enumerate(images)]
+    return CaptionCall(decoded, parameters, tuple(urls))
+
+
+async def _fetched(call: CaptionCall, settings: Settings, take: Take) -> CaptionCall:
+    """Returns a call with the images that stand at its addresses, within the bounds of a body."""
+    fetcher = Fetcher(settings.fetch_hosts, private=settings.fetch_private)
+    left = settings.max_body_bytes - sum(map(len, call.images))
+    fetched = await fetcher.fetch(list(call.urls), take, limit=left, seconds=settings.fetch_s)
+    return replace(call, images=call.images + fetched, urls=())
+
+
+def _strings(value: Any, refusal: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ParameterError(refusal)
+    return value
 
 
 def _boundary(content_type: str) -> bytes:
@@ -167,7 +186,10 @@ async def _from_form(
     malformed = MalformedRequest("The body is not valid multipart/form-data.")
     if b"--%b--" % boundary not in body:
         raise malformed  # the parser would drop a part that is cut off, and say nothing
-    parser = MultiPartParser(headers, _slices(body))
+    most = settings.max_images + len(_KNOWN)
+    if body.count(b"--%b" % boundary) > most + 1:  # before the parser makes an object of each
+        raise ParameterError(f"The form has more than {most} parts.")
+    parser = MultiPartParser(headers, _slices(body), max_files=most, max_fields=most)
     parser.spool_max_size = settings.max_body_bytes  # parts stay in memory: no disk is needed
     try:
         form = await parser.parse()
@@ -241,10 +263,6 @@ def _decoded(image: str, at: int) -> bytes:
         return base64.b64decode(image, validate=True)
     except (binascii.Error, ValueError) as error:
         raise MalformedRequest(f"images[{at}] is not valid base64 (RFC 4648).") from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _shown(name: str) -> str:
