@@ -75,6 +75,7 @@ def create_app(
 ) -> FastAPI:
     """Returns the app; its lifespan starts the manager, and closes what works for the app."""
     decoders = ThreadPoolExecutor(settings.decode_threads, "cutline-decode")
+    bodies = 2 if settings.keys_file else 1  # a key may hold half of what there is at most
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -101,9 +102,9 @@ def create_app(
         metrics,
         ImageLimits(max_pixels=settings.max_pixels),
         decoders,
-        # A lone body always fits, though a key may hold half at most.
+        # A lone body always fits.
         Budget(
-            max(settings.max_held_bytes, 2 * settings.max_body_bytes),
+            max(settings.max_held_bytes, settings.max_body_bytes * bodies),
             "The server holds as many bytes of requests as it has room for.",
         ),
         # The engine counts what waits for it; images that wait to be decoded count here.

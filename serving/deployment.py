@@ -57,6 +57,8 @@ class CaptionService:
         alone = _MARK in os.environ
         if alone:
             _keep_to_loopback()
+        else:  # in a pod, where it is Serve that listens, for the whole network
+            warn_if_open(settings.model_copy(update={"host": "0.0.0.0"}))
         self._metrics = Metrics()
         self._manager = ModelManager(settings, self._metrics)
         self._manager.check()

@@ -162,7 +162,7 @@ def test_one_key_takes_half_of_a_budget_at_most_and_others_find_room():
                 lone(1)
             with calling(Caller("third")), budget.share() as third:
                 third(12)
-        with budget.share() as nobody:  # without keys there is no share
-            nobody(13)
+        with calling(Caller()), budget.share() as nobody:  # without keys there is no share
+            nobody(50)
     assert budget.held == 0
     assert budget._held_by == {}

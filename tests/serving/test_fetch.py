@@ -114,10 +114,16 @@ def test_a_body_without_a_length_or_in_chunks_is_read():
 
 
 def test_a_wrong_certificate_is_refused():
-    for tls in ("other.test", None):
-        with Site(OK, tls=tls).up() as site, pytest.raises(FetchFailed, match="not safely"):
-            fetch(site)
-        assert site.requests == []
+    with Site(OK, tls="other.test").up() as site, pytest.raises(FetchFailed, match="not safely"):
+        fetch(site)
+    assert site.requests == []
+
+
+def test_a_server_without_tls_is_refused():
+    plain = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+    with Site(plain, tls=None).up() as site, pytest.raises(FetchFailed):
+        fetch(site, seconds=1)
+    assert not any(b"GET" in request for request in site.requests)
 
 
 _PRIVATE = """
