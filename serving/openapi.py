@@ -24,8 +24,9 @@ MEANINGS = {
     408: "The body did not arrive in time",
     413: "Too many bytes in the body, or too many pixels in an image",
     415: "The body, or an image in it, is of a type that this server does not read",
-    422: "A parameter is unknown, given twice, or out of range",
-    429: "The server has no room for more; `Retry-After` says when to come back",
+    422: "A parameter is unknown, given twice, or out of range, or an image cannot be fetched",
+    429: "The server has no room for more, or the rate of the key is used up; `Retry-After` says"
+    " when to come back",
     500: "The model gave no caption, or the server failed",
     503: "No model is loaded yet",
     504: "The deadline passed before the captions were there",
