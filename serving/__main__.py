@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from exports.errors import ExportsError
 from exports.manifest import Rerank
-from serving.errors import CaptionError
+from serving.errors import CaptionError, KeysRejected
+from serving.keys import KeyRing, make_key
 from serving.settings import Settings
 
 _CHOSEN = ("num_beams", "num_captions", "max_new_tokens", "length_penalty", "prefix", "rerank")
@@ -46,7 +47,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--host", help="default: 127.0.0.1")
     command.add_argument("--port", type=int, help="default: 8000")
     command.add_argument("--local", action="store_true", help="one plain process, without Ray")
+    command.add_argument("--keys-file", type=Path, metavar="FILE", help="let in its keys alone")
     command.set_defaults(command=_up)
+
+    command = commands.add_parser("key", help="make an API key: print it, and file its hash")
+    command.add_argument("name", metavar="NAME", help="whose key it is, for people")
+    command.add_argument(
+        "--keys-file", type=Path, metavar="FILE", help="default: $CUTLINE_KEYS_FILE"
+    )
+    command.add_argument("--rate", type=float, help="images a second; default: no limit")
+    command.add_argument("--burst", type=float, help="images at once; default: those of a second")
+    command.add_argument("--admin", action="store_true", help="also lets in below /v1/admin")
+    command.set_defaults(command=_key)
 
     command = commands.add_parser("caption", parents=[shared], help="caption files or a folder")
     command.add_argument("photos", type=Path, nargs="+", metavar="PHOTO|DIR")
@@ -74,7 +86,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _key(arguments: argparse.Namespace, settings: Settings) -> int:
+    if settings.keys_file is None:
+        raise KeysRejected("Say which file: --keys-file FILE, or CUTLINE_KEYS_FILE.")
+    key = make_key(
+        settings.keys_file,
+        arguments.name,
+        rate=arguments.rate,
+        burst=arguments.burst,
+        admin=arguments.admin,
+    )
+    print(key)
+    print(f"{settings.keys_file} has its hash; the key is shown this once.", file=sys.stderr)
+    return 0
+
+
 def _up(arguments: argparse.Namespace, settings: Settings) -> int:
+    if settings.keys_file is not None:
+        KeyRing(settings.keys_file)  # says what is wrong with it here, not in a replica
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         socket.create_server((settings.host, settings.port), family=family).close()

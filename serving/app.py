@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ from serving.engine import Engine
 from serving.errors import CaptionError
 from serving.feedback import FeedbackRequest
 from serving.feedback_store import FeedbackStore
+from serving.guard import Guard
+from serving.keys import KeyRing
 from serving.limits import Budget
 from serving.metrics import Metrics
 from serving.openapi import captions_operation, describe, documented
-from serving.problem import plain_problem, problem
+from serving.problem import not_offered, problem
 from serving.request import read_call
 from serving.schema import (
     CaptionAnswer,
@@ -63,6 +64,7 @@ def create_app(
 ) -> FastAPI:
     """Returns the app; its lifespan starts the manager, and closes what works for the app."""
     decoders = ThreadPoolExecutor(settings.decode_threads, "cutline-decode")
+    bodies = 2 if settings.keys_file else 1  # a key may hold half of what there is at most
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -91,7 +93,7 @@ def create_app(
         decoders,
         # A lone body always fits.
         Budget(
-            max(settings.max_held_bytes, settings.max_body_bytes),
+            max(settings.max_held_bytes, settings.max_body_bytes * bodies),
             "The server holds as many bytes of requests as it has room for.",
         ),
         # The engine counts what waits for it; images that wait to be decoded count here.
@@ -109,6 +111,16 @@ def create_app(
     app.mount("/docs/assets", StaticFiles(directory=str(swagger_ui_path)), name="assets")
     app.add_exception_handler(CaptionError, _on_caption_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_middleware(
+        Guard,
+        keys=KeyRing(settings.keys_file) if settings.keys_file else None,
+        open_pages=settings.open_pages,
+        held_requests=Budget(
+            2 * (settings.max_queue + settings.max_rows),
+            "As many requests of this key run already as the server has room for.",
+        ),
+        metrics=metrics,
+    )
     app.add_middleware(Edge, metrics=metrics)
     app.add_middleware(Dialects)
     return app
@@ -174,7 +186,8 @@ async def get_metrics(request: Request) -> Response:
 @_pages.get("/openapi.json")
 async def get_document(request: Request) -> dict[str, Any]:
     """Returns the OpenAPI document."""
-    return describe(request.app, _BODIES)
+    keys = server_of(request).settings.keys_file is not None
+    return describe(request.app, _BODIES, keys=keys)
 
 
 @_pages.get("/docs")
@@ -205,6 +218,4 @@ async def _on_caption_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    title = HTTPStatus(error.status_code).phrase
-    detail = f"{request.method} {request.url.path[:200]} is not offered here; /docs shows what is."
-    return plain_problem(error.status_code, title, detail, request.state.request_id, error.headers)
+    return not_offered(request.scope, request.state.request_id, error.status_code, error.headers)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from serving.caller import caller
 from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.edge import until_gone
@@ -112,6 +113,7 @@ async def answered(
         params = choose(captioner, call)
         captioner.check(params)
         take_images(len(call.images))
+        caller().charge(len(call.images) - 1)  # the guard took one
         work = caption_all(server, captioner, call.images, params)
         return captioner, call, await until_gone(request.receive, work)
 

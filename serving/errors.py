@@ -3,16 +3,22 @@
 CaptionError                    500
  +- MalformedRequest            400  the body is not what its type says
  +- UndecodableImage            400  an image type that we read, but the bytes are damaged
+ +- Unauthorized                401  no key, or one that is not known
+ +- AdminOnly                   403
  +- UnknownModel                404
  +- FeedbackOff                 404
  +- BodyTimeout                 408  the body did not arrive in time
  +- ImageTooLarge               413  more bytes or pixels than the limits allow
  +- NotAnImage                  415
  +- ParameterError              422
+ +- FetchFailed                 422  an image could not be fetched from its address
  +- QueueFull                   429  no room for more; carries `retry_after`, whole seconds
+ +- RateLimited                 429  the key's rate is used up; carries `retry_after` too
+ +- HeadersTooLarge             431
  +- CaptionFailed               500  the model gave no caption for this image
  +- BundleRejected              500  a bundle that must not be served; never reaches a client
  +- LogRefused                  500  a file of bulk captioning; the command line's alone
+ +- KeysRejected                500  a keys file that cannot be used; never reaches a client
  +- NotReady                    503
  +- DeadlineExceeded            504
  +- StorageFull                 507  no room on disk for feedback
@@ -48,6 +54,25 @@ class UndecodableImage(CaptionError):
 
     status = 400
     title = "Undecodable image"
+
+
+class Unauthorized(CaptionError):
+    """The request has no key, or one that is not known here."""
+
+    status = 401
+    title = "Unauthorized"
+
+    def __init__(self, detail: str, *, wrong: bool = False) -> None:
+        """Keeps whether a key was there."""
+        super().__init__(detail)
+        self.wrong = wrong
+
+
+class AdminOnly(CaptionError):
+    """The key is good, but no admin key."""
+
+    status = 403
+    title = "Forbidden"
 
 
 class UnknownModel(CaptionError):
@@ -92,6 +117,13 @@ class ParameterError(CaptionError):
     title = "Parameter out of range"
 
 
+class FetchFailed(CaptionError):
+    """An image could not be fetched from the address that the request names."""
+
+    status = 422
+    title = "Image not fetched"
+
+
 class QueueFull(CaptionError):
     """More images or bytes of requests would be held than the server has room for."""
 
@@ -102,6 +134,25 @@ class QueueFull(CaptionError):
         """Keeps `retry_after`, the whole seconds after which there should be room."""
         super().__init__(detail)
         self.retry_after = retry_after
+
+
+class RateLimited(CaptionError):
+    """The key has asked for more than its rate."""
+
+    status = 429
+    title = "Rate limit reached"
+
+    def __init__(self, detail: str, *, retry_after: int) -> None:
+        """Keeps `retry_after`, the whole seconds after which the key may ask again."""
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class HeadersTooLarge(CaptionError):
+    """The address and the headers have too many bytes."""
+
+    status = 431
+    title = "Request header fields too large"
 
 
 class CaptionFailed(CaptionError):
@@ -123,6 +174,13 @@ class LogRefused(CaptionError):
 
     status = 500
     title = "Log refused"
+
+
+class KeysRejected(CaptionError):
+    """The keys file is missing, damaged or cannot be written."""
+
+    status = 500
+    title = "Keys rejected"
 
 
 class NotReady(CaptionError):

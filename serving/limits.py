@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from serving.caller import caller
 from serving.errors import QueueFull
 
 MAX_PIXELS = 40_000_000  # of one image
@@ -12,7 +13,12 @@ Take = Callable[[int], None]
 
 
 class Budget:
-    """How much all requests together may hold at once; for the thread of the event loop alone."""
+    """How much all requests together may hold at once; for the thread of the event loop alone.
+
+    Where callers have names, none may hold more than is left free beside it: one that floods the
+    server keeps half of it, two keep two thirds, and there is always room for one more (dynamic
+    thresholds: Choudhury and Hahne, 1998, https://doi.org/10.1109/90.664262).
+    """
 
     def __init__(self, limit: int, refusal: str) -> None:
         """Starts with nothing taken.
@@ -22,6 +28,7 @@ class Budget:
             refusal: What the client hears whose request does not fit.
         """
         self.held = 0
+        self._held_by: dict[str, int] = {}
         self._limit = limit
         self._refusal = refusal
 
@@ -32,15 +39,22 @@ class Budget:
         The function raises QueueFull, and takes nothing, where too little is left.
         """
         taken = 0
+        name = caller().name
 
         def take(count: int) -> None:
             nonlocal taken
-            if self.held + count > self._limit:
+            free = self._limit - self.held - count
+            own = self._held_by.get(name, 0) + count
+            if free < 0 or (name and own > free):
                 raise QueueFull(self._refusal, retry_after=1)
             self.held += count
             taken += count
+            self._held_by[name] = own
 
         try:
             yield take
         finally:
             self.held -= taken
+            left = self._held_by.pop(name, 0) - taken
+            if left:
+                self._held_by[name] = left

@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from http import HTTPStatus
+from ipaddress import ip_address
 
 import uvicorn
+from fastapi import FastAPI
 
 from serving.app import create_app
 from serving.engine import Engine
@@ -18,12 +20,15 @@ from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.swap import ModelManager
 
+logger = logging.getLogger(__name__)
+
 _PATIENCE_S = 5
 
 
 def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM; requests that run are finished first."""
     log_to_stderr()
+    warn_if_open(settings)
     metrics = Metrics()
     engine = Engine(
         max_rows=settings.max_rows,
@@ -32,16 +37,7 @@ def serve(settings: Settings) -> None:
         metrics=metrics,
     )
     app = create_app(settings, ModelManager(settings, metrics), engine, metrics)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
-        )
-    )
+    server = web_server(app, settings)
     stop = threading.Event()
     # uvicorn hands a signal on to the handler before its own, once it has shut down.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -49,6 +45,38 @@ def serve(settings: Settings) -> None:
     threading.Thread(target=announce, args=(settings, stop), daemon=True).start()
     server.run()
     stop.set()
+
+
+def web_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
+    """Returns uvicorn around the app; by h11, which bounds the head of a request."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http="h11",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
+        )
+    )
+
+
+def warn_if_open(settings: Settings) -> None:
+    """Warns of a server that anybody may use who reaches its address."""
+    if settings.keys_file is None and not _is_loopback(settings.host):
+        logger.warning(
+            "%s is open to everybody who reaches it: no keys_file is set. `python -m serving key "
+            "NAME --keys-file FILE` makes a key, `up --keys-file FILE` asks for one.",
+            settings.host,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def log_to_stderr() -> None:

@@ -18,7 +18,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-MAX_SERIES = 60
+MAX_SERIES = 64
 _MAX_PAIRS = 24
 _CAPTIONING = frozenset({"captions", "chat", "infer"})  # routes
 
@@ -66,6 +66,12 @@ class Metrics:
         self._match = Summary(
             "cutline_match_seconds", "Seconds of one matcher run", registry=registry
         )
+        self._refused = Counter(
+            "cutline_refused_requests",
+            "Requests of nobody who may, by what was wrong",
+            ["reason"],
+            registry=registry,
+        )
         self._tokens = Counter(
             "cutline_tokens", "Tokens generated in returned captions", registry=registry
         )
@@ -89,6 +95,8 @@ class Metrics:
         self._lock = Lock()
         for outcome in ("loaded", "refused"):
             self._swaps.labels(outcome)
+        for reason in ("no_key", "wrong_key", "not_admin", "rate"):
+            self._refused.labels(reason)
 
     def request_started(self) -> None:
         """Count one request that runs."""
@@ -106,6 +114,10 @@ class Metrics:
         self._requests.labels(*pair).inc()
         if route in _CAPTIONING:
             self._seconds.observe(seconds)
+
+    def request_refused(self, reason: str) -> None:
+        """Count a request that the guard turned away; the reason is one of four."""
+        self._refused.labels(reason).inc()
 
     def observe_queue_wait(self, seconds: float) -> None:
         """Record how long an image waited to be encoded."""

@@ -21,12 +21,14 @@ _BINARY = {"type": "string", "format": "binary"}
 # What each code of `POST /v1/captions` means, for the OpenAPI page.
 MEANINGS = {
     400: "An empty, truncated or undecodable image, wrong base64, or a malformed body",
+    401: "No key, or one that is not known here",
     404: "No such model or version is served here",
     408: "The body did not arrive in time",
     413: "Too many bytes in the body, or too many pixels in an image",
     415: "The body, or an image in it, is of a type that this server does not read",
-    422: "A parameter is unknown, given twice, or out of range",
-    429: "The server has no room for more; `Retry-After` says when to come back",
+    422: "A parameter is unknown, given twice, or out of range, or an image cannot be fetched",
+    429: "The server has no room for more, or the rate of the key is used up; `Retry-After` says"
+    " when to come back",
     500: "The model gave no caption, or the server failed",
     503: "No model is loaded yet",
     504: "The deadline passed before the captions were there",
@@ -34,12 +36,23 @@ MEANINGS = {
 }
 
 
-def describe(app: FastAPI, models: Sequence[type[BaseModel]]) -> dict[str, Any]:
+# Where the server has no keys, none is needed.
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Authorization: Bearer KEY"},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+_ANY_SCHEME: list[dict[str, list[str]]] = [{name: []} for name in _SCHEMES]
+
+
+def describe(
+    app: FastAPI, models: Sequence[type[BaseModel]], *, keys: bool = False
+) -> dict[str, Any]:
     """Returns the OpenAPI document of `app`; made once.
 
     Args:
         app: Its routes are described.
         models: Of bodies that routes read by themselves, and of errors.
+        keys: Whether a key is asked for.
     """
     if app.openapi_schema is None:
         document = get_openapi(
@@ -50,9 +63,23 @@ def describe(app: FastAPI, models: Sequence[type[BaseModel]]) -> dict[str, Any]:
             [(model, "validation") for model in bodies], ref_template=_REF
         )
         document["components"]["schemas"].update(extra["$defs"])
+        document["components"]["securitySchemes"] = _SCHEMES
+        if keys:
+            _ask_for_key(document)
         app.openapi_schema = _as_3_0(document)
         app.openapi_schema["openapi"] = "3.0.3"
     return app.openapi_schema
+
+
+def _ask_for_key(document: dict[str, Any]) -> None:
+    """Says which operations need a key, and what is answered without."""
+    document["security"] = _ANY_SCHEME
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "probes" in operation.get("tags", ()):
+                operation["security"] = []
+            else:
+                operation["responses"] = {**operation["responses"], **documented(401, 429)}
 
 
 def captions_operation() -> dict[str, Any]:

@@ -7,9 +7,8 @@ whatever `Content-Length` says, and a client that falls silent is let go.
 import asyncio
 import base64
 import binascii
-import json
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -27,6 +26,8 @@ from serving.errors import (
     NotAnImage,
     ParameterError,
 )
+from serving.fetch import Fetcher
+from serving.json_body import read_json
 from serving.limits import Take
 from serving.schema import CaptionParameters
 from serving.settings import Settings
@@ -34,6 +35,7 @@ from serving.settings import Settings
 _TYPES = "image/*, multipart/form-data or application/json"
 _KNOWN = tuple(CaptionParameters.model_fields)
 _CHARSETS = (b"utf-8", b"us-ascii")
+_FIELDS = len(_KNOWN) + 8  # of a form, beside its images; other doors have some of their own
 _SLICE = 256 * 1024
 _REASONS = 5  # of one refusal; the sixth mends nothing that the first five do not
 
@@ -64,15 +66,18 @@ async def read_call(request: Request, settings: Settings, take: Take) -> Caption
         MalformedRequest: The body is empty, or not what its type says.
         ImageTooLarge: The body has too many bytes.
         BodyTimeout: The body stalls.
-        ParameterError: A parameter is unknown, given twice or out of range, or no image is there.
+        ParameterError: A parameter is unknown, given twice or out of range, or no image is there,
+            or one is at an address that may not be fetched.
+        FetchFailed: An image could not be fetched.
         ClientGone: The client closed the connection.
     """
     kind = media_type(request)
     query = _once(request.query_params.multi_items())
     if kind == "application/json":
-        return await asyncio.to_thread(
+        call, urls = await asyncio.to_thread(
             _from_json, await whole_body(request, settings, take), query, settings.max_images
         )
+        return await _fetched(call, urls, settings, take) if urls else call
     if kind == "multipart/form-data":
         images, fields = await read_form(request, settings, take)
         parameters = parameters_of(query, fields)
@@ -147,16 +152,24 @@ async def read_body(
         ) from error
 
 
-def _from_json(body: bytes, query: dict[str, Any], max_images: int) -> CaptionCall:
-    """Reads `{"images": ["<base64>", ...], parameter: value, ...}`."""
+def _from_json(
+    body: bytes, query: dict[str, Any], max_images: int
+) -> tuple[CaptionCall, list[str]]:
+    """Reads `{"images": ["<base64>", ...], "urls": [...], parameter: value, ...}`.
+
+    Returns:
+        The call, and the addresses of images that come after its own.
+    """
     fields = json_object(body, '{"images": ["<base64>", ...]}')
-    images = fields.pop("images", None)
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise ParameterError('images must be a list of base64 strings: {"images": ["..."]}.')
-    parameters = parameters_of(query, fields, strict=True, beside="images")
-    _check_count(len(images), max_images)
+    urls = _strings(fields.pop("urls", []), "urls must be a list of addresses.")
+    images = _strings(
+        fields.pop("images", [] if urls else None),
+        'images must be a list of base64 strings: {"images": ["..."]}.',
+    )
+    parameters = parameters_of(query, fields, strict=True, beside="images, urls")
+    _check_count(len(images) + len(urls), max_images)
     decoded = [from_base64(image, f"images[{at}]") for at, image in enumerate(images)]
-    return CaptionCall(decoded, parameters)
+    return CaptionCall(decoded, parameters), urls
 
 
 def json_object(body: bytes, form: str) -> dict[str, Any]:
@@ -166,13 +179,26 @@ def json_object(body: bytes, form: str) -> dict[str, Any]:
         MalformedRequest: It is not JSON.
         ParameterError: It is no object, or one in it has a key twice.
     """
-    try:
-        fields = json.loads(body, object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise MalformedRequest("The body is not valid JSON.") from error
+    fields = read_json(body, object_pairs_hook=_once)
     if not isinstance(fields, dict):
         raise ParameterError(f"The JSON must be an object: {form}.")
     return fields
+
+
+async def _fetched(
+    call: CaptionCall, urls: list[str], settings: Settings, take: Take
+) -> CaptionCall:
+    """Returns a call with the images at some addresses too, within the bounds of a body."""
+    fetcher = Fetcher(settings.fetch_hosts, private=settings.fetch_private)
+    left = settings.max_body_bytes - sum(map(len, call.images))
+    fetched = await fetcher.fetch(urls, take, limit=left, seconds=settings.fetch_s)
+    return replace(call, images=call.images + fetched)
+
+
+def _strings(value: Any, refusal: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ParameterError(refusal)
+    return value
 
 
 def _boundary(content_type: str) -> bytes:
@@ -199,7 +225,10 @@ async def read_form(
     malformed = MalformedRequest("The body is not valid multipart/form-data.")
     if b"--%b--" % boundary not in body:
         raise malformed  # the parser would drop a part that is cut off, and say nothing
-    parser = MultiPartParser(request.headers, _slices(body))
+    most = settings.max_images + _FIELDS
+    if body.count(b"--%b" % boundary) > most + 1:  # before the parser makes an object of each
+        raise ParameterError(f"The form has more than {most} parts.")
+    parser = MultiPartParser(request.headers, _slices(body), max_files=most, max_fields=most)
     parser.spool_max_size = settings.max_body_bytes  # parts stay in memory: no disk is needed
     try:
         form = await parser.parse()
@@ -289,10 +318,6 @@ def from_base64(text: str, name: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise MalformedRequest(f"{name} is not valid base64 (RFC 4648).") from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def shown(name: str) -> str:

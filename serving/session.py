@@ -17,6 +17,7 @@ from serving.errors import BundleRejected
 from serving.matcher import ANSWERED as MATCHER_ANSWERED
 from serving.matcher import FED as MATCHER_FED
 from serving.matcher import Matcher
+from serving.onnx_walk import check_graph
 
 Provider = Literal["auto", "cpu", "cuda"]
 Pixels = npt.NDArray[np.uint8]
@@ -70,14 +71,18 @@ class OnnxSession:
             provider: Where the graphs run; `auto` takes CUDA if this ONNX Runtime has it.
 
         Raises:
-            BundleRejected: The graphs lack tensors that the manifest names, or have more; or CUDA
-                is asked for and is not there. ONNX Runtime raises errors of its own besides.
+            BundleRejected: The graphs are not whole in themselves or run foreign operators, lack
+                tensors that the manifest names, or have more; or CUDA is asked for and is not
+                there. ONNX Runtime raises errors of its own besides.
         """
         self.manifest = manifest
         self.device = _device(provider)
         # On a CPU one run at a time: the threads of two would wait for each other's cores. What is
         # outside of runs overlaps with them.
         self._turn = Lock() if self.device == "cpu" else nullcontext()
+        for what, graph in zip(Graphs._fields, graphs, strict=True):
+            if graph is not None:
+                check_graph(f"the {what}", graph)
         self._encoder = _load(graphs.encoder, threads, self.device)
         self._decoder = _load(graphs.decoder, threads, self.device)
         self._join = _load(graphs.join, 1, self.device)
@@ -157,6 +162,7 @@ def _load(graph: bytes, threads: int, device: str) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     # One memory plan would be kept for every combination of shapes, of which there are many.
     options.enable_mem_pattern = False
     providers: list[Any] = ["CPUExecutionProvider"]

@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from exports.registry import DEFAULT_REGISTRY
@@ -23,6 +23,19 @@ class Settings(BaseSettings):
     model: str = Field("cutline-base", description="name, name@version or name@alias to follow")
     poll_s: PositiveFloat = Field(1.0, description="seconds between two looks at the registry")
     retry_s: PositiveFloat = Field(30.0, description="seconds before a refused bundle is retried")
+
+    keys_file: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
+        None, description="JSON file of API keys, see `python -m serving key`; none: open to all"
+    )
+    open_pages: tuple[Literal["page", "docs", "metrics"], ...] = Field(
+        ("page", "docs"), description="what needs no key where there are keys, beside the probes"
+    )
+
+    fetch_hosts: tuple[str, ...] = Field(
+        (), description="hosts from which images may be fetched, host or host:port; none: no one's"
+    )
+    fetch_private: bool = Field(False, description="fetch by http and from private addresses too")
+    fetch_s: PositiveFloat = Field(10.0, description="seconds to fetch the images of a request")
 
     provider: Literal["cpu", "cuda", "auto"] = "auto"
     threads: PositiveInt = Field(os.cpu_count() or 1, description="threads of one decode step")

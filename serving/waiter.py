@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from serving.caller import caller
 from serving.captioner import Captioner
 from serving.errors import CaptionError, CaptionFailed
 from serving.memories import Encoded
@@ -31,6 +32,7 @@ class Waiter:
     since: float = field(default_factory=time.monotonic)
     begun: float = 0.0
     encoded: Encoded | None = None
+    caller_name: str = field(default_factory=lambda: caller().name)
 
     @property
     def rows(self) -> int:

@@ -168,7 +168,7 @@ def test_the_documentation_is_complete_and_comes_from_here(live):
     }
     names = {parameter["name"] for parameter in operation["parameters"]}
     schemas = document["components"]["schemas"]
-    assert names | {"images"} == set(schemas["CaptionRequest"]["properties"])
+    assert names | {"images", "urls"} == set(schemas["CaptionRequest"]["properties"])
     for node in walk(document):
         if "$ref" in node:
             assert node["$ref"].rpartition("/")[2] in schemas

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from serving.caller import Caller, calling
 from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.engine import Engine
@@ -296,6 +297,31 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(make_engine):
         return await texts(tasks)
 
     assert asyncio.run(scenario()) == ["0", "1", "2"]
+
+
+def test_a_flood_of_one_key_does_not_starve_another_s_image(make_engine):
+    engine, captioner = make_engine(max_rows=1, max_queue=40), GatedCaptioner()
+
+    async def scenario():
+        first = await busy(engine, captioner)
+        with calling(Caller("flood")):
+            flood = submit_all(engine, captioner, range(1, 41))
+        await until(lambda: engine.waiting == 40)
+        with calling(Caller("flood")):
+            [more] = submit_all(engine, captioner, [50])
+        with pytest.raises(QueueFull):
+            await more
+        with calling(Caller("lone")):
+            [lone] = submit_all(engine, captioner, [99])
+        [outcome] = await asyncio.gather(flood.pop(), return_exceptions=True)
+        assert isinstance(outcome, QueueFull)  # the last of the flood made room
+        captioner.gate.set()
+        return await texts([first, lone, *flood])
+
+    asyncio.run(scenario())
+    order = [number for batch in captioner.batches for number in batch]
+    assert order.index(99) <= 2
+    assert [n for n in order if n != 99] == list(range(40))
 
 
 @pytest.mark.parametrize("harm", ["poison", "bitter"])

@@ -6,6 +6,7 @@ from live import running
 from tiny_bundle import picture
 
 from exports.registry import Registry
+from serving.keys import make_key
 
 pytestmark = pytest.mark.browser
 
@@ -107,6 +108,35 @@ def test_an_error_is_shown_and_the_next_photo_works(page, live, photo, tmp_path)
     page.drop(photo, "#drop")
     page.until(f"{SETTLED} && {TEXTS}.length === 4")
     assert page.evaluate("document.querySelector('#problem').hidden")
+
+
+def test_a_key_is_asked_for_kept_in_the_tab_and_sent(page, browser, tmp_path, tiny_bundles, photo):
+    assert page.evaluate("document.querySelector('#key').offsetParent === null")
+    file = tmp_path / "keys.json"
+    key = make_key(file, "visitor")
+    Registry(tmp_path / "registry").publish(tiny_bundles.one)
+
+    def enter(text):
+        page.evaluate(f"document.querySelector('#secret').value = '{text}'")
+        page.evaluate("document.querySelector('#key button').click()")
+
+    with running(tmp_path / "registry", keys_file=file) as live:
+        browser.open(str(live.client.base_url.join("/")))
+        page.until("document.querySelector('#key').offsetParent !== null")
+        page.until("document.querySelector('#served').textContent === 'a key is needed'")
+        enter(key[:-3])
+        page.choose(photo, "#file")
+        page.until(f"{SETTLED} && document.querySelector('#problem').offsetParent !== null")
+        assert page.evaluate(f"{TEXTS}.length") == 0
+        page.until("document.querySelector('#key').offsetParent !== null")
+        enter(key)
+        page.until(f"{SETTLED} && {TEXTS}.length === 4")
+        assert page.evaluate("document.querySelector('#key').offsetParent === null")
+        assert page.evaluate("document.querySelector('#secret').value") == ""
+        browser.open(str(live.client.base_url.join("/")))  # the tab still has it
+        page.until("document.querySelector('#served').textContent === 'tiny, version 1'")
+        assert page.evaluate("localStorage.length") == 0
+        assert not any(key in url for url in page.requests)
 
 
 def test_a_narrow_window_is_one_column_without_scrolling_sideways(page):

@@ -173,6 +173,24 @@ def test_the_body_wins_over_the_query():
     assert given == {"num_beams": 2, "num_captions": 2}
 
 
+def test_a_form_of_many_parts_is_refused_before_it_is_parsed(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("no part may be parsed")
+
+    settings = Settings(max_body_bytes=4_000_000, max_images=3)
+    parts = [("image", "a.jpg", b"x")] * 3 + [("prefix", None, b"a")]
+    with pytest.raises(ParameterError, match="twice"):
+        read(FORM, form(*parts, *parts[3:]), settings=settings)
+    monkeypatch.setattr("serving.request.MultiPartParser", refuse)
+    with pytest.raises(ParameterError, match="parts"):
+        read(FORM, form(*parts * 5000), settings=settings)
+
+
+def test_nested_json_is_refused():
+    with pytest.raises(MalformedRequest, match="nested"):
+        read("application/json", b'{"images": ' + b"[" * 400 + b"]" * 400 + b"}")
+
+
 def test_an_announced_length_is_refused_before_a_byte_is_read():
     with pytest.raises(ImageTooLarge, match="1000"):
         read("image/png", PHOTO, headers=[(b"content-length", b"1001")], pauses=60)

@@ -59,7 +59,7 @@ class Bridge(Positioned):
     def forward(self, image_tokens: Tensor) -> Tensor:
         """Returns latents (B, K, D_decoder) from image_tokens (B, N, D_encoder)."""
         tokens = self.project(image_tokens) + self.position
-        latents = self.latents.expand(len(tokens), -1, -1)
+        latents = self.latents.expand(tokens.shape[0], -1, -1)
         for layer in self.layers:
             latents = layer(tokens, latents)
         normed: Tensor = self.norm(latents)
