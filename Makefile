@@ -7,16 +7,16 @@ BUNDLE ?= exports/models/cutline-base/1
 IMAGES ?=
 BIN := .venv/bin
 
-.PHONY: serve test test-slow lint bench clean
+.PHONY: serve test test-slow chaos lint bench clean
 
 serve: .venv/.installed
 	$(BIN)/python -m serving up --port $(PORT)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not chaos"
 
 test-slow: .venv/.dev-installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not chaos"
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff format --check .

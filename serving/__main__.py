@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from exports.errors import ExportsError
 from exports.manifest import Rerank
-from exports.registry import Registry
+from exports.remote import open_source
 from serving.captioner import SLOTS, Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import CaptionError, UndecodableImage
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--registry", type=Path, metavar="DIR", help="default: the packaged models")
+    shared.add_argument("--registry", metavar="DIR", help="or a URL; default: the packaged models")
     shared.add_argument("--model", help="name, name@version or name@alias; default: cutline-base")
     shared.add_argument("--threads", type=int, help="default: the number of cores")
     shared.add_argument("--provider", choices=("cpu", "cuda", "auto"), help="default: auto")
@@ -93,8 +93,9 @@ def _up(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _caption(arguments: argparse.Namespace, settings: Settings) -> int:
-    bundle = Registry(settings.registry).resolve(settings.model)
-    captioner = Captioner.load(bundle.path, threads=settings.threads, provider=settings.provider)
+    source = open_source(settings.registry, settings.cache)
+    with source.held(source.find(settings.model).resolved) as path:
+        captioner = Captioner.load(path, threads=settings.threads, provider=settings.provider)
     chosen = {name: getattr(arguments, name) for name in _CHOSEN}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     params = Params.of(captioner.manifest.defaults, **chosen)

@@ -138,9 +138,11 @@ async def post_captions(request: Request) -> Response:
     in the query, in the form or in the JSON; the body wins over the query.
     """
     server = _server(request)
-    captioner = _ready(server)
+    _ready(server)
     with server.held_bytes.share() as take_bytes, server.held_images.share() as take_images:
         call = await read_call(request, server.settings, take_bytes)
+        # Taken only now: whoever sends slowly must not keep a captioner that was swapped out.
+        captioner = _ready(server)
         _check_model(call.parameters.model, captioner)
         params = _params(captioner, call.parameters)
         captioner.check(params)
@@ -245,6 +247,7 @@ async def _caption_all(
     allowed = server.settings.deadline_s
     deadline = time.monotonic() + allowed
     total = len(call.images)
+    shadow = server.manager.shadow
 
     async def one(place: int, body: bytes) -> list[Caption]:
         try:
@@ -256,13 +259,16 @@ async def _caption_all(
             raise
 
     try:
-        async with asyncio.timeout(allowed), asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(at, body)) for at, body in enumerate(call.images, 1)]
+        with shadow.live() as turn:
+            async with asyncio.timeout(allowed), asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(at, body)) for at, body in enumerate(call.images, 1)]
     except TimeoutError as error:
         raise DeadlineExceeded(f"No captions within {allowed:g} s.") from error
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+    results = [task.result() for task in tasks]
+    shadow.offer(call.images, call.parameters, results[0], turn)
+    return results
 
 
 async def _decoded(server: _Server, captioner: Captioner, body: bytes) -> Pixels:

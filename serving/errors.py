@@ -20,6 +20,8 @@ client.
 
 from typing import ClassVar
 
+from exports.errors import Cause
+
 
 class CaptionError(Exception):
     """The root: everything that serving raises on purpose."""
@@ -106,6 +108,11 @@ class BundleRejected(CaptionError):
 
     status = 500
     title = "Bundle rejected"
+
+    def __init__(self, detail: str, cause: Cause = "onnx") -> None:
+        """Keeps `cause`, the kind of fault."""
+        super().__init__(detail)
+        self.cause: Cause = cause
 
 
 class NotReady(CaptionError):

@@ -7,6 +7,7 @@ out.
 
 from collections.abc import Callable
 from threading import Lock
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,7 +19,10 @@ from prometheus_client import (
     generate_latest,
 )
 
-MAX_SERIES = 60
+from exports.errors import Cause
+from serving.shadow_metrics import ShadowMetrics
+
+MAX_SERIES = 90
 _MAX_PAIRS = 24
 
 # Without this every counter and histogram has a second, useless series: the time it was made.
@@ -71,6 +75,10 @@ class Metrics:
         self._swaps = Counter(
             "cutline_swaps", "Bundles loaded, by outcome", ["outcome"], registry=registry
         )
+        self._refused = Counter(
+            "cutline_bundles_refused", "Bundles not put to work", ["reason"], registry=registry
+        )
+        self.shadow = ShadowMetrics(registry)
         self._model = Gauge(
             "cutline_model_info",
             "1 for the bundle that answers",
@@ -88,6 +96,8 @@ class Metrics:
         self._lock = Lock()
         for outcome in ("loaded", "refused"):
             self._swaps.labels(outcome)
+        for cause in get_args(Cause):
+            self._refused.labels(cause)
 
     def request_started(self) -> None:
         """Count one request that runs."""
@@ -149,9 +159,10 @@ class Metrics:
         self._model.labels(model, version).set(1)
         self._ready.set(1)
 
-    def model_refused(self) -> None:
-        """Count a bundle that was not put to work."""
+    def model_refused(self, cause: Cause) -> None:
+        """Count a bundle that was not put to work, and why."""
         self._swaps.labels("refused").inc()
+        self._refused.labels(cause).inc()
 
     def page(self) -> bytes:
         """Return the page in Prometheus' text format."""
