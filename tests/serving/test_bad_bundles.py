@@ -179,6 +179,13 @@ def requests(live, photos, texts, *, clients=2):
             one.result()
 
 
+def point(registry, aliases):
+    """Replaces the aliases as a whole."""
+    path = registry.root / "tiny" / "aliases.json"
+    path.with_suffix(".new").write_text(json.dumps(aliases))
+    path.with_suffix(".new").replace(path)
+
+
 def refusals(live):
     return {
         key[1]: value
@@ -195,18 +202,17 @@ def test_it_changes_nothing_and_says_why(
     texts = [expected(tiny_captioner, photo)[0]["text"] for photo in photos]
     before = refusals(live)
     # The alias as a publisher moves it who does not look: `promote` would refuse most of these.
-    aliases = registry.root / "tiny" / "aliases.json"
-    good = aliases.read_bytes()
+    good = {"production": "1"}
     cause, words = getattr(Faults(registry, tiny_bundles, tmp_path), kind)(version)
     if kind == "half_written":
         (registry.root / "tiny" / version / "manifest.json").unlink()
     with caplog.at_level(logging.ERROR), requests(live, photos, texts) as answered:
-        aliases.write_text(json.dumps({"production": version}))
+        point(registry, {"production": version})
         until(lambda: live.manager.status().last_error)
         seen = list(answered)
         until(lambda: all(now > then + 3 for now, then in zip(answered, seen, strict=True)))
         error = live.client.get("/v1/models").json()["models"][0]["last_error"]
-        aliases.write_bytes(good)
+        point(registry, good)
         until(lambda: live.manager.status().last_error is None)
     assert (error["cause"], words in error["reason"]) == (cause, True), error
     assert error["version"] == ("" if cause == "registry" else version)
