@@ -114,8 +114,8 @@ class Registry:
         """
         if "://" in str(root):
             raise RegistryError(
-                f"{root}: this registry is a local folder, not a URL; servers read URLs, and a folder"
-                " is brought there with its aliases.json last"
+                f"{root}: what is changed is a local folder, not a URL; servers follow URLs, and a"
+                " folder is brought there with its aliases.json last"
             )
         self.root = Path(root)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -43,11 +43,11 @@ class Faulty(MemoryFileSystem):
     """A filesystem in memory that counts what is read, and fails when it is told to."""
 
     protocol = "faulty"
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
     cachable = False
     gone = False
-    reads: list[str] = []
+    reads: ClassVar[list[str]] = []
     meddle: Callable[[str, bytes], bytes] | None = None
 
     def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
@@ -241,7 +241,7 @@ def test_an_endless_file_is_cut_off_where_its_manifest_says(
         return body
 
     faulty.meddle = staticmethod(endless)
-    with pytest.raises(BundleError, match="encoder.onnx has 1000 bytes"):
+    with pytest.raises(BundleError, match=r"encoder.onnx has 1000 bytes"):
         fetch(remote)
     assert len(written) == 2
 
@@ -296,7 +296,7 @@ def test_it_vanishes_and_comes_back(remote: RemoteRegistry, faulty: type[Faulty]
         lambda: remote.shadow("tiny"),
         lambda: remote.versions("tiny"),
     ):
-        with pytest.raises(RegistryError, match="cannot be read: ConnectionError$"):
+        with pytest.raises(RegistryError, match=r"cannot be read: ConnectionError$"):
             ask()
     faulty.gone = False
     assert remote.find("tiny").resolved.version == "1"
@@ -411,7 +411,7 @@ def test_a_damaged_one_in_the_cache_that_is_being_loaded_stays(
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RegistryError, match="nothing://x: .*nothing"):
+    with pytest.raises(RegistryError, match=r"nothing://x: .*nothing"):
         RemoteRegistry("nothing://x", tmp_path).find("tiny")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(RegistryError, match=r"pip install 'cutline\[remote\]'"):

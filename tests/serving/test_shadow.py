@@ -133,7 +133,9 @@ def test_a_registry_that_is_only_read_hears_nothing(registry, photos, tmp_path):
         ask_until(live, photos, lambda: "not done" in ((shadow_of(live) or {}).get("verdict", "")))
         verdict = shadow_of(live)["verdict"]
         assert live.manager.status().active.version == "1"
-    assert verdict.startswith("promote: ") and verdict.endswith("the registry is only read from here")
+    assert verdict.startswith("promote: ") and verdict.endswith(
+        "the registry is only read from here"
+    )
     assert str(tmp_path) not in verdict
     assert registry.shadow("tiny").verdict == ""
 
@@ -226,9 +228,8 @@ def test_a_live_request_never_waits_for_a_candidate(shadow, photos):
 
 def test_a_request_is_alone_only_if_no_other_ran_meanwhile(shadow):
     shadow, _ = shadow
-    with shadow.live() as first:
-        with shadow.live() as second:
-            pass
+    with shadow.live() as first, shadow.live() as second:
+        pass
     with shadow.live() as third:
         pass
     assert (first.alone, second.alone, third.alone) == (False, False, True)
@@ -266,7 +267,7 @@ def test_only_a_share_is_taken(tiny_captioner, photos):
     for _ in range(400):
         offer(shadow, photos[0])
     held.go_on.set()
-    until(lambda: shadow.report().requests >= 2)
+    until(lambda: shadow.report().requests)
     taken = shadow.report().dropped + shadow.report().requests
     shadow.end()
     assert 60 < taken < 140
