@@ -18,6 +18,15 @@ test: lint
 test-slow: .venv/.dev-installed
 	$(BIN)/python -m pytest -m "slow and not chaos"
 
+# An hour, with nothing else on the machine: faults and load in their long forms.
+chaos: LOADED = --bundle $(BUNDLE) --images $(or $(IMAGES),tests/photos)
+chaos: .venv/.dev-installed
+	$(BIN)/python -m pytest -m chaos
+	$(BIN)/python benchmarks/load.py swaps overload slow_bodies soak $(LOADED)
+	$(BIN)/python benchmarks/load.py swaps overload slow_bodies --side ray $(LOADED)
+	$(BIN)/python benchmarks/load.py leavers --seconds 300 $(LOADED)
+	$(BIN)/python benchmarks/load.py ray_share $(LOADED)
+
 lint: .venv/.dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

@@ -120,18 +120,19 @@ class RemoteRegistry:
         checked_name(model)
         self._forget_listings()
         aliases = self.aliases(model)
-        version = aliases.get(wanted, wanted) if at else aliases.get(PRODUCTION)
-        if version is None:
-            version = next(reversed(self.versions(model)), "")
-        info = None
-        if VERSION_PATTERN.fullmatch(version):
+        meant = aliases.get(wanted if at else PRODUCTION)
+        asked = meant or wanted
+        candidates = [asked] if meant or at else self._named(model)[::-1]
+        for version in candidates:  # the highest that is complete, without a look at the others
+            if not VERSION_PATTERN.fullmatch(version):
+                continue
             info = self._info(f"{model}/{version}/{MANIFEST_FILE}")
-        if info is None:
-            known = ", ".join((*self.versions(model), *sorted(aliases))) or "nothing"
-            asked = reference if version in ("", wanted) else f"{reference} (version {version})"
-            raise RegistryError(f"no {asked} in {self.root}; {model} has {known}")
-        stamp = " ".join(str(info[name]) for name in ("size", *_STAMPS) if info.get(name))
-        return Found(Resolved(model, version, self._cache / model / version), stamp)
+            if info is not None:
+                stamp = " ".join(str(info[name]) for name in ("size", *_STAMPS) if info.get(name))
+                return Found(Resolved(model, version, self._cache / model / version), stamp)
+        known = ", ".join((*self.versions(model), *sorted(aliases))) or "nothing"
+        words = f"{reference} (which is version {meant})" if meant else reference
+        raise RegistryError(f"no {words} in {self.root}; {model} has {known}")
 
     def aliases(self, model: str) -> dict[str, str]:
         """Returns version by alias; raises RegistryError if aliases.json cannot be read."""
@@ -145,15 +146,9 @@ class RemoteRegistry:
 
     def versions(self, model: str) -> list[str]:
         """Returns the complete versions of a model, 2 before 10; none for an unknown model."""
-        fs, root = self._filesystem()
-        with self._asking():
-            try:
-                paths = fs.ls(f"{root}/{model}", detail=False)
-            except FileNotFoundError:
-                return []
-        names = [str(path).rstrip("/").rpartition("/")[2] for path in paths]
-        named = sorted((name for name in names if VERSION_PATTERN.fullmatch(name)), key=natural)
-        return [name for name in named if self._info(f"{model}/{name}/{MANIFEST_FILE}")]
+        return [
+            name for name in self._named(model) if self._info(f"{model}/{name}/{MANIFEST_FILE}")
+        ]
 
     @contextmanager
     def held(self, resolved: Resolved) -> Iterator[Path]:
@@ -195,6 +190,17 @@ class RemoteRegistry:
     def conclude_shadow(self, model: str, plan: ShadowPlan, verdict: str, *, promote: bool) -> bool:
         """Raises RegistryError: nothing is changed at a URL."""
         raise RegistryError(f"{self.root} is only read from here")
+
+    def _named(self, model: str) -> list[str]:
+        """Returns every name in the place of a version, complete or not, sorted naturally."""
+        fs, root = self._filesystem()
+        with self._asking():
+            try:
+                paths = fs.ls(f"{root}/{model}", detail=False)
+            except FileNotFoundError:
+                return []
+        names = [str(path).rstrip("/").rpartition("/")[2] for path in paths]
+        return sorted((name for name in names if VERSION_PATTERN.fullmatch(name)), key=natural)
 
     def _fetched(self, resolved: Resolved) -> Path:
         """Returns the folder of a bundle that is here, and is the one at the URL."""

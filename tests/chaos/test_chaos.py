@@ -122,7 +122,7 @@ def drained(start: Start, bodies: list[bytes], *program: str) -> tuple[list[byte
             await asyncio.sleep(0.05)
         os.kill(server.pid, signal.SIGTERM)
         await asyncio.sleep(0.5)
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionRefusedError):
             await asyncio.open_connection("127.0.0.1", server.port)
         for _, writer, rest in halves:
             writer.write(rest)
