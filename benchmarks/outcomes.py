@@ -24,7 +24,10 @@ NO_ANSWER = 0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request; times are seconds from the beginning of the load."""
+    """One request; times are seconds from the beginning of the load.
+
+    `detail` is the beginning of an answer that is no captions.
+    """
 
     place: int
     due: float
@@ -33,6 +36,7 @@ class Outcome:
     version: str = ""
     text: str = ""
     retry_after: bool = False
+    detail: str = ""
 
 
 @dataclass(slots=True)
@@ -161,13 +165,13 @@ async def _asked(
     except (OSError, EOFError, ValueError):
         return after(NO_ANSWER)
     retry_after = b"\r\nretry-after:" in head
-    with suppress(ValueError, LookupError, TypeError):
-        answer = json.loads(body)
-        if status == 200:
+    if status == 200:
+        with suppress(ValueError, LookupError, TypeError):
+            answer = json.loads(body)
             text = answer["results"][0]["captions"][0]["text"]
             return after(status, version=answer["version"], text=text)
-        return after(status, retry_after=retry_after)
-    return after(NO_ANSWER if status == 200 else status, retry_after=retry_after)
+    detail = body[:300].decode(errors="replace")
+    return after(NO_ANSWER if status == 200 else status, retry_after=retry_after, detail=detail)
 
 
 @dataclass(slots=True)

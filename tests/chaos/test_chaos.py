@@ -72,7 +72,8 @@ def test_a_replica_that_is_killed_costs_no_request(start: Start, bodies: list[by
     print(
         f"{len(found.all)} requests, p99 {1000 * found.percentile(0.99):.0f} ms, back after {back}"
     )
-    assert found.failed == 0, found.statuses
+    first = next((one for one in found.all if one.status != 200), None)
+    assert first is None, (found.statuses, first)
     assert len(found.all) > 60
 
 
