@@ -7,16 +7,25 @@ BUNDLE ?= exports/models/cutline-base/1
 IMAGES ?=
 BIN := .venv/bin
 
-.PHONY: serve test test-slow lint bench clean
+.PHONY: serve test test-slow chaos lint bench clean
 
 serve: .venv/.installed
 	$(BIN)/python -m serving up --port $(PORT)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not chaos"
 
 test-slow: .venv/.dev-installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not chaos"
+
+# An hour, with nothing else on the machine: faults and load in their long forms.
+chaos: LOADED = --bundle $(BUNDLE) --images $(or $(IMAGES),tests/photos)
+chaos: .venv/.dev-installed
+	$(BIN)/python -m pytest -m chaos
+	$(BIN)/python benchmarks/load.py swaps overload slow_bodies soak $(LOADED)
+	$(BIN)/python benchmarks/load.py swaps overload slow_bodies --side ray $(LOADED)
+	$(BIN)/python benchmarks/load.py leavers --seconds 300 $(LOADED)
+	$(BIN)/python benchmarks/load.py ray_share $(LOADED)
 
 lint: .venv/.dev-installed
 	$(BIN)/ruff format --check .

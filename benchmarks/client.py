@@ -113,7 +113,7 @@ def open_loop(
     """
 
     async def run(load: Load) -> None:
-        pool = _Pool(port)
+        pool = Pool(port)
         began = time.perf_counter()
 
         async def one(turn: int, due: float, into: Load) -> None:
@@ -149,7 +149,7 @@ def _measured(run) -> Load:  # type: ignore[no-untyped-def]
 
 
 async def _client(port: int, requests: Sequence[bytes], turns: Iterator[int], load: Load) -> None:
-    pool = _Pool(port)
+    pool = Pool(port)
     try:
         for turn in turns:
             await _ask(pool, requests, turn, time.perf_counter(), load)
@@ -157,7 +157,7 @@ async def _client(port: int, requests: Sequence[bytes], turns: Iterator[int], lo
         pool.close()
 
 
-async def _ask(pool: "_Pool", requests: Sequence[bytes], turn: int, due: float, load: Load) -> None:
+async def _ask(pool: "Pool", requests: Sequence[bytes], turn: int, due: float, load: Load) -> None:
     place = turn % len(requests)
     try:
         async with asyncio.timeout(TIMEOUT_S):
@@ -172,7 +172,7 @@ async def _ask(pool: "_Pool", requests: Sequence[bytes], turn: int, due: float, 
         load.errors += 1
 
 
-class _Pool:
+class Pool:
     """Open connections to one server; one that is busy is not in it."""
 
     def __init__(self, port: int) -> None:
@@ -181,6 +181,11 @@ class _Pool:
 
     async def exchange(self, request: bytes) -> tuple[int, bytes]:
         """Returns the status and the body that answer a request."""
+        status, _, body = await self.ask(request)
+        return status, body
+
+    async def ask(self, request: bytes) -> tuple[int, bytes, bytes]:
+        """Returns the status, the head in small letters, and the body that answer a request."""
         while self._idle:
             reader, writer = self._idle.pop()
             if reader.at_eof() or writer.is_closing():  # servers close what is idle
@@ -197,7 +202,7 @@ class _Pool:
 
     async def _exchange(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes
-    ) -> tuple[int, bytes]:
+    ) -> tuple[int, bytes, bytes]:
         try:
             writer.write(request)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -209,7 +214,7 @@ class _Pool:
             writer.close()
         else:
             self._idle.append((reader, writer))
-        return int(head.split(b" ", 2)[1]), body
+        return int(head.split(b" ", 2)[1]), head, body
 
     def close(self) -> None:
         """Closes what is idle."""

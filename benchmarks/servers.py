@@ -39,7 +39,15 @@ class Running:
     ready_s: float
 
 
-def ours(bundle: Path, registry: Path, threads: int, *, ray: bool) -> Command:
+def ours(
+    bundle: Path,
+    registry: Path,
+    threads: int,
+    *,
+    ray: bool,
+    follow: str = "1",
+    environment: Mapping[str, str] | None = None,
+) -> Command:
     """Returns the command of this project's server for a bundle, which is published for it.
 
     Args:
@@ -47,6 +55,8 @@ def ours(bundle: Path, registry: Path, threads: int, *, ray: bool) -> Command:
         registry: A folder for a registry of this server's own.
         threads: CPU threads of the engine.
         ray: Under Ray Serve, or as one plain process.
+        follow: The version or alias that is served.
+        environment: Settings of this server.
     """
     name = Bundle.open(bundle).manifest.name
     if not registry.exists():
@@ -56,9 +66,9 @@ def ours(bundle: Path, registry: Path, threads: int, *, ray: bool) -> Command:
         if done.returncode:
             raise UsageError(done.stderr.strip().removeprefix("error: "))
     arguments = [sys.executable, "-m", "serving", "up", "--registry", str(registry)]
-    arguments += ["--model", f"{name}@1", "--provider", "cpu", "--threads", str(threads)]
+    arguments += ["--model", f"{name}@{follow}", "--provider", "cpu", "--threads", str(threads)]
     arguments += ["--port", "{port}"] + ([] if ray else ["--local"])
-    return Command(arguments, "/readyz")
+    return Command(arguments, "/readyz", environment or {})
 
 
 @contextmanager

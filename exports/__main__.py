@@ -5,10 +5,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from exports.bundle import Bundle
-from exports.errors import BundleError, ExportsError
+from exports.errors import BundleError, ExportsError, RegistryError
 from exports.manifest import MANIFEST_FILE
 from exports.registry import DEFAULT_REGISTRY, Registry, Resolved, check_place
+from exports.shadow_plan import ShadowPlan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +55,38 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("rollback", parents=[shared], help="swap production and previous")
     command.add_argument("model")
     command.set_defaults(command=_rollback)
+
+    command = commands.add_parser(
+        "shadow",
+        parents=[shared],
+        help="let a version answer a share of the live requests too, and compare",
+        description=(
+            "Lets a version answer a share of the live requests too: clients never see its "
+            "captions. Without a version, shows the shadow that there is."
+        ),
+    )
+    command.add_argument("model")
+    command.add_argument("version", nargs="?", help="a version or an alias")
+    plan = ShadowPlan.model_fields
+    for name, words in (
+        ("share", "of the requests"),
+        ("min_requests", "before anything is decided"),
+        ("max_disagreement", "1 less the mean overlap of the words of both captions"),
+        ("max_slowdown", "median seconds over those of the version that serves"),
+    ):
+        default = plan[name].default
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            metavar="N",
+            help=f"{words}; default: %(default)s",
+        )
+    command.add_argument(
+        "--auto", action="store_true", help="promote or refuse it by these thresholds"
+    )
+    command.add_argument("--stop", action="store_true", help="end the shadow that there is")
+    command.set_defaults(command=_shadow)
     return parser
 
 
@@ -109,6 +144,39 @@ def _promote(arguments: argparse.Namespace) -> list[str]:
 def _rollback(arguments: argparse.Namespace) -> list[str]:
     restored = Registry(arguments.registry).rollback(arguments.model)
     return [f"{restored.reference} is production again"]
+
+
+def _shadow(arguments: argparse.Namespace) -> list[str]:
+    registry, model = Registry(arguments.registry), arguments.model
+    if arguments.stop:
+        ended = registry.stop_shadow(model)
+        return [f"{model}@{ended.version} is no shadow any more" if ended else _no_shadow(model)]
+    if arguments.version is None:
+        registry.resolve(model)  # it is there
+        plan = registry.shadow(model)
+        return [_no_shadow(model) if plan is None else _shadow_described(model, plan)]
+    names = ShadowPlan.model_fields.keys() - {"verdict"}
+    try:
+        plan = ShadowPlan(**{name: getattr(arguments, name) for name in names})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        flag = f"--{first['loc'][0]}".replace("_", "-")
+        raise RegistryError(f"{flag}: {first['msg']}") from error
+    placed = registry.set_shadow(model, plan)
+    return [_shadow_described(model, plan.model_copy(update={"version": placed.version}))]
+
+
+def _no_shadow(model: str) -> str:
+    return f"{model} has no shadow"
+
+
+def _shadow_described(model: str, plan: ShadowPlan) -> str:
+    decides = "promotes or refuses it" if plan.auto else "decides nothing"
+    said = plan.verdict or (
+        f"after {plan.min_requests} requests a server {decides}: disagreement at most"
+        f" {plan.max_disagreement:g}, slowdown at most {plan.max_slowdown:g}"
+    )
+    return f"{model}@{plan.version} is asked {plan.share:.0%} of the requests too; {said}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from exports.manifest import MANIFEST_FILE, FileEntry, Manifest
 from exports.text import Tokenizer
 
 _log = logging.getLogger(__name__)
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 _STAGE_PREFIX = ".stage-"
 # A stage this young may belong to a writer that has not locked it yet.
 _STAGE_GRACE_S = 60.0
@@ -172,25 +173,26 @@ class Bundle:
         try:
             return cls._open(path)
         except BundleError as error:
-            raise BundleError(f"{path}: {error}") from error
+            raise BundleError(f"{path}: {error}", error.cause) from error
         except OSError as error:
-            raise BundleError(f"{error.filename or path}: {error.strerror}") from error
+            what = f"{error.filename or path}: {error.strerror}"
+            raise BundleError(what, "registry") from error
 
     @classmethod
     def _open(cls, path: Path) -> "Bundle":
         found = _regular_files(path)
         if MANIFEST_FILE not in found:
             raise BundleError(f"no {MANIFEST_FILE}: not a bundle, or a half-written one")
-        manifest_json = _read(path / MANIFEST_FILE)
+        manifest_json = read_manifest(path)
         manifest = Manifest.from_json(manifest_json)
         _check_required(manifest)
         for name in sorted(found - manifest.files.keys() - {MANIFEST_FILE}):
-            raise BundleError(f"{name} is there, but {MANIFEST_FILE} does not list it")
+            raise BundleError(f"{name} is there, but {MANIFEST_FILE} does not list it", "hash")
         files = {}
         for name, entry in manifest.files.items():
             if name not in found:
-                raise BundleError(f"{name} is missing, but {MANIFEST_FILE} lists it")
-            files[name] = _verified(name, _read(path / name), entry)
+                raise BundleError(f"{name} is missing, but {MANIFEST_FILE} lists it", "hash")
+            files[name] = _verified(name, path / name, entry)
         return cls(path, manifest_json, files)
 
     def read(self, name: str) -> bytes:
@@ -231,29 +233,60 @@ def _regular_files(path: Path) -> set[str]:
             relative = entry.relative_to(path).as_posix()
             mode = entry.lstat().st_mode
             if stat.S_ISLNK(mode):
-                raise BundleError(f"{relative} is a symbolic link; a bundle holds plain files only")
+                raise BundleError(
+                    f"{relative} is a symbolic link; a bundle holds plain files only", "hash"
+                )
             if stat.S_ISREG(mode):
                 found.add(relative)
             elif not stat.S_ISDIR(mode):
-                raise BundleError(f"{relative} is neither a file nor a folder")
+                raise BundleError(f"{relative} is neither a file nor a folder", "hash")
     return found
 
 
-def _read(path: Path) -> bytes:
-    # O_NOFOLLOW: a link put in place after the look at the folder is refused all the same.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        return file.read()
+def read_manifest(path: Path) -> bytes:
+    """Returns the bytes of the manifest of the bundle in the folder `path`, not verified.
+
+    Raises:
+        BundleError: It is longer than any manifest.
+        OSError: It cannot be read.
+    """
+    return _read(path / MANIFEST_FILE, check_manifest_size)
 
 
-def _verified(name: str, body: bytes, entry: FileEntry) -> bytes:
-    if len(body) != entry.size:
-        raise BundleError(f"{name} has {len(body)} bytes, but the manifest says {entry.size}")
-    digest = hashlib.sha256(body).hexdigest()
+def check_manifest_size(size: int) -> None:
+    """Raises BundleError if a manifest of `size` bytes is too long to be one."""
+    if size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{MANIFEST_FILE} has {size} bytes: no manifest is so long")
+
+
+def check_file(name: str, size: int, digest: str, entry: FileEntry) -> None:
+    """Raises BundleError if a file's size and sha256 are not those of the manifest's entry."""
+    check_size(name, size, entry)
     if digest != entry.sha256:
         raise BundleError(
             f"{name} has the sha256 {digest[:16]}..., but the manifest says {entry.sha256[:16]}...:"
-            " damaged or tampered with"
+            " damaged or tampered with",
+            "hash",
         )
+
+
+def check_size(name: str, size: int, entry: FileEntry) -> None:
+    """Raises BundleError if a file's size is not that of the manifest's entry."""
+    if size != entry.size:
+        raise BundleError(f"{name} has {size} bytes, but the manifest says {entry.size}", "hash")
+
+
+def _read(path: Path, check: Callable[[int], None]) -> bytes:
+    """Returns the bytes of a file whose size, checked before it is read, is as it should be."""
+    # O_NOFOLLOW: a link put in place after the look at the folder is refused all the same.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        check(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def _verified(name: str, path: Path, entry: FileEntry) -> bytes:
+    body = _read(path, lambda size: check_size(name, size, entry))
+    check_file(name, len(body), hashlib.sha256(body).hexdigest(), entry)
     return body
 
 

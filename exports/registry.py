@@ -1,18 +1,20 @@
 """A registry: a folder `<model>/<version>/` of bundles, with `<model>/aliases.json`.
 
 A version is never changed once it is there. Two aliases move: `production` is what a bare model
-name means, `previous` is what it meant before. No lock is needed to read, and none to publish.
+name means, `previous` is what it meant before. `<model>/shadow.json`, if it is there, names a
+candidate for production. No lock is needed to read, and none to publish.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Set
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock, Timeout
-from pydantic import RootModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from exports.bundle import Bundle, publish_stage, settle_folder, staged, sync_folder, write_durably
 from exports.errors import BundleError, RegistryError
@@ -24,16 +26,17 @@ from exports.manifest import (
     check_name,
     check_version,
 )
+from exports.shadow_plan import SHADOW_FILE, ShadowPlan
 
 DEFAULT_REGISTRY = Path(__file__).parent / "models"
 PRODUCTION = "production"
 PREVIOUS = "previous"
-_ALIASES_FILE = "aliases.json"
+ALIASES_FILE = "aliases.json"
 _LOCK_FILE = ".lock"
 _LOCK_TIMEOUT_S = 30.0
 
 
-class _Aliases(RootModel[dict[str, str]]):
+class Aliases(RootModel[dict[str, str]]):
     """The content of aliases.json."""
 
 
@@ -49,6 +52,46 @@ class Resolved:
     def reference(self) -> str:
         """Returns `model@version`."""
         return f"{self.model}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a reference stands for now; `stamp` tells another bundle under the same name."""
+
+    resolved: Resolved
+    stamp: str
+
+
+class Source(Protocol):
+    """A registry as a server follows it: on this machine, or at a URL."""
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Where it is, and what is fetched: words that no client should read."""
+
+    def find(self, reference: str) -> Found:
+        """Returns what a reference stands for; raises RegistryError."""
+
+    def held(self, resolved: Resolved) -> AbstractContextManager[Path]:
+        """Gives the folder of a bundle while the block runs, fetched if need be.
+
+        Raises:
+            BundleError: What was fetched is not what its manifest says.
+            RegistryError: It cannot be read, or not be kept.
+        """
+
+    def keep(self, model: str, versions: Set[str]) -> None:
+        """Forgets what was fetched of other versions of a model."""
+
+    def shadow(self, model: str) -> ShadowPlan | None:
+        """Returns the model's candidate, if there is one; raises RegistryError."""
+
+    def conclude_shadow(self, model: str, plan: ShadowPlan, verdict: str, *, promote: bool) -> bool:
+        """Ends a shadow by its verdict; returns False if it has ended or changed already.
+
+        Raises:
+            ExportsError: It cannot be ended from here.
+        """
 
 
 def check_place(manifest: Manifest, resolved: Resolved) -> None:
@@ -70,7 +113,10 @@ class Registry:
             RegistryError: `root` is a URL.
         """
         if "://" in str(root):
-            raise RegistryError(f"{root}: a registry is a local folder, not a URL")
+            raise RegistryError(
+                f"{root}: what is changed is a local folder, not a URL; servers follow URLs, and a"
+                " folder is brought there with its aliases.json last"
+            )
         self.root = Path(root)
 
     def models(self) -> list[str]:
@@ -90,9 +136,9 @@ class Registry:
         Raises:
             RegistryError: aliases.json is damaged.
         """
-        path = self._folder(model) / _ALIASES_FILE
+        path = self._folder(model) / ALIASES_FILE
         try:
-            return _Aliases.model_validate_json(path.read_bytes()).root
+            return Aliases.model_validate_json(path.read_bytes()).root
         except FileNotFoundError:
             return {}
         except (OSError, ValidationError) as error:
@@ -115,6 +161,32 @@ class Registry:
             asked = reference if version == wanted else f"{reference} (which is version {version})"
             raise RegistryError(f"no {asked} in {self.root}; {model} has {known}")
         return Resolved(model, version, self._folder(model) / version)
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Its folder."""
+        return (str(self.root),)
+
+    def find(self, reference: str) -> Found:
+        """Returns what a reference stands for, and a stamp that another bundle does not have.
+
+        Raises:
+            RegistryError: No such model, version or alias, or the registry cannot be read.
+        """
+        try:
+            resolved = self.resolve(reference)
+            manifest = (resolved.path / MANIFEST_FILE).stat()
+        except OSError as error:
+            raise RegistryError(f"{self.root} cannot be read: {error.strerror}") from error
+        return Found(resolved, f"{manifest.st_ino} {manifest.st_mtime_ns}")
+
+    @contextmanager
+    def held(self, resolved: Resolved) -> Iterator[Path]:
+        """Gives the bundle's own folder."""
+        yield resolved.path
+
+    def keep(self, model: str, versions: Set[str]) -> None:
+        """Does nothing: nothing was fetched."""
 
     def publish(
         self, bundle_path: Path | str, *, model: str | None = None, version: str | None = None
@@ -159,11 +231,7 @@ class Registry:
         """
         target = self._verified(self.resolve(f"{model}@{version}"))
         with self._locked(model):
-            aliases = self.aliases(model)
-            current = aliases.get(PRODUCTION)
-            if current != target.version:
-                moved = {PRODUCTION: target.version} | ({PREVIOUS: current} if current else {})
-                self._replace_aliases(model, aliases | moved)
+            self._make_production(target)
         return target
 
     def rollback(self, model: str) -> Resolved:
@@ -182,8 +250,63 @@ class Registry:
             self._replace_aliases(model, aliases | moved)
         return target
 
+    def shadow(self, model: str) -> ShadowPlan | None:
+        """Returns the model's candidate and what decides about it; None if there is none.
+
+        Raises:
+            RegistryError: shadow.json is damaged.
+        """
+        path = self._folder(model) / SHADOW_FILE
+        try:
+            return ShadowPlan.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            raise RegistryError(f"{path} is not the plan of a shadow") from error
+
+    def set_shadow(self, model: str, plan: ShadowPlan) -> Resolved:
+        """Lets the servers of a model ask a candidate along, from now on.
+
+        Args:
+            model: The model.
+            plan: Its `version` may be an alias; the version that it means is kept.
+
+        Raises:
+            BundleError: The bundle does not verify.
+            RegistryError: No such version, or the disk refuses; nothing was changed.
+        """
+        target = self._verified(self.resolve(f"{model}@{plan.version}"))
+        with self._locked(model):
+            self._write_shadow(model, plan.model_copy(update={"version": target.version}))
+        return target
+
+    def stop_shadow(self, model: str) -> ShadowPlan | None:
+        """Ends a shadow without a verdict, and returns what it was."""
+        with self._locked(model):
+            plan = self.shadow(model)
+            (self._folder(model) / SHADOW_FILE).unlink(missing_ok=True)
+        return plan
+
+    def conclude_shadow(self, model: str, plan: ShadowPlan, verdict: str, *, promote: bool) -> bool:
+        """Ends a shadow by its verdict; returns False if it has ended or changed already.
+
+        Of several servers that come to a verdict, the first decides.
+
+        Raises:
+            BundleError: The bundle does not verify.
+            RegistryError: The disk refuses.
+        """
+        target = self._verified(self.resolve(f"{model}@{plan.version}")) if promote else None
+        with self._locked(model):
+            if self.shadow(model) != plan or plan.verdict:
+                return False
+            if target is not None:
+                self._make_production(target)
+            self._write_shadow(model, plan.model_copy(update={"verdict": verdict}))
+        return True
+
     def _folder(self, model: str) -> Path:
-        return self.root / _checked(check_name, model)
+        return self.root / checked_name(model)
 
     def _known_versions(self, model: str) -> list[str]:
         versions = self.versions(model)
@@ -198,7 +321,7 @@ class Registry:
         if not folder.is_dir():
             return []
         names = [path.name for path in folder.iterdir() if VERSION_PATTERN.fullmatch(path.name)]
-        return sorted(names, key=_natural)
+        return sorted(names, key=natural)
 
     def _is_complete(self, model: str, version: str) -> bool:
         return (self._folder(model) / version / MANIFEST_FILE).is_file()
@@ -231,17 +354,35 @@ class Registry:
         except OSError as error:
             raise RegistryError(f"{what}: {error.strerror}; nothing was changed") from error
 
+    def _make_production(self, target: Resolved) -> None:
+        aliases = self.aliases(target.model)
+        current = aliases.get(PRODUCTION)
+        if current != target.version:
+            moved = {PRODUCTION: target.version} | ({PREVIOUS: current} if current else {})
+            self._replace_aliases(target.model, aliases | moved)
+
     def _replace_aliases(self, model: str, aliases: dict[str, str]) -> None:
+        self._replace(model, ALIASES_FILE, Aliases(aliases))
+
+    def _write_shadow(self, model: str, plan: ShadowPlan) -> None:
+        self._replace(model, SHADOW_FILE, plan)
+
+    def _replace(self, model: str, name: str, content: BaseModel) -> None:
         folder = self._folder(model)
         # One name for all writers: they hold the lock, and what a killed one left is overwritten.
-        temporary = folder / f".{_ALIASES_FILE}.tmp"
+        temporary = folder / f".{name}.tmp"
         try:
-            write_durably(temporary, _Aliases(aliases).model_dump_json(indent=2).encode() + b"\n")
-            temporary.replace(folder / _ALIASES_FILE)
+            write_durably(temporary, content.model_dump_json(indent=2).encode() + b"\n")
+            temporary.replace(folder / name)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
         settle_folder(folder)
+
+
+def checked_name(model: str) -> str:
+    """Returns a model's name as it is; raises RegistryError if it is none."""
+    return _checked(check_name, model)
 
 
 def _checked(check: Callable[[str], str], value: str) -> str:
@@ -251,7 +392,7 @@ def _checked(check: Callable[[str], str], value: str) -> str:
         raise RegistryError(str(error)) from error
 
 
-def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Returns a sort key under which 2 comes before 10."""
     parts = re.findall(r"\d+|\D+", name)
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)

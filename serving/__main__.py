@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m serving", description=__doc__)
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--registry", type=Path, metavar="DIR", help="default: the packaged models")
+    shared.add_argument("--registry", metavar="DIR", help="or a URL; default: the packaged models")
     shared.add_argument("--model", help="name, name@version or name@alias; default: cutline-base")
     shared.add_argument("--threads", type=int, help="default: the number of cores")
     shared.add_argument("--provider", choices=("cpu", "cuda", "auto"), help="default: auto")

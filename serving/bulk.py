@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from exports.registry import Registry
+from exports.remote import open_source
 from serving.bulk_files import Asked, Line, Log
 from serving.captioner import SLOTS, Captioner
 from serving.decode_image import ImageLimits, decode_image
@@ -70,8 +70,9 @@ def caption(
     """
     _check(photos, as_json, out, sidecar, overwrite)
     paths = [path for photo in photos for path in _files(photo)]
-    bundle = Registry(settings.registry).resolve(settings.model)
-    captioner = Captioner.load(bundle.path, threads=settings.threads, provider=settings.provider)
+    source = open_source(settings.registry, settings.cache)
+    with source.held(source.find(settings.model).resolved) as path:
+        captioner = Captioner.load(path, threads=settings.threads, provider=settings.provider)
     params = Params.of(captioner.manifest.defaults, **chosen)
     captioner.check(params)
     if out is None:

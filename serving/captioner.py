@@ -1,13 +1,14 @@
 """A loaded bundle: pixels in, captions out."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from exports.bundle import Bundle
-from exports.errors import ExportsError
+from exports.errors import BundleError
 from exports.images import ImageSpec
 from exports.manifest import Manifest
 from exports.text import Tokenizer
@@ -53,7 +54,13 @@ class Captioner:
 
     @classmethod
     def load(
-        cls, path: Path, *, threads: int, provider: Provider = "cpu", cache_bytes: int = 0
+        cls,
+        path: Path,
+        *,
+        threads: int,
+        provider: Provider = "cpu",
+        cache_bytes: int = 0,
+        proof_s: float = math.inf,
     ) -> "Captioner":
         """Opens the bundle in `path`, loads its graphs, and lets it caption its golden images.
 
@@ -62,26 +69,27 @@ class Captioner:
             threads: CPU threads that share the work of one run.
             provider: Where the graphs run.
             cache_bytes: How much is kept of images that were encoded, for when they come again.
+            proof_s: How long the golden images may take.
 
         Raises:
             BundleRejected: A file is damaged, the graphs do not load or do not fit the manifest, or
-                a golden caption came out wrong.
+                a golden caption came out wrong or too late.
         """
         try:
             bundle = Bundle.open(path)
             manifest = bundle.manifest
             tokenizer = bundle.tokenizer()
             graphs = Graphs.read(bundle)
-        except ExportsError as error:
-            raise BundleRejected(str(error)) from error
+        except BundleError as error:
+            raise BundleRejected(str(error), error.cause) from error
         try:
             session = OnnxSession(graphs, manifest, threads=threads, provider=provider)
             captioner = cls(manifest, tokenizer, session, cache_bytes=cache_bytes)
         except BundleRejected as error:
-            raise BundleRejected(f"{path}: {error.detail}") from error
+            raise BundleRejected(f"{path}: {error.detail}", error.cause) from error
         except Exception as error:  # ONNX Runtime's errors share no base but this
-            raise not_shown(f"{path}: the graphs do not load") from error
-        prove(bundle, captioner._golden_answers)
+            raise not_shown(f"{path}: the graphs do not load", error) from error
+        prove(bundle, captioner._golden_answers, allowed_s=proof_s)
         if manifest.decoder.dtype == "float16" and session.device == "cpu":
             logger.warning(
                 "%s is in half precision, for GPUs: on a CPU it is slower than in float32 or int8",

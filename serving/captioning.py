@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fastapi import Request
@@ -106,16 +106,22 @@ async def answered(
         ClientGone: The client closed the connection.
     """
     server = server_of(request)
-    captioner = ready_captioner(server)
+    ready_captioner(server)
     with server.held_bytes.share() as take_bytes, server.held_images.share() as take_images:
         call = await read(request, server.settings, take_bytes)
+        # Taken only now: whoever sends slowly must not keep a captioner that was swapped out.
+        captioner = ready_captioner(server)
         check_model(call.parameters.model, captioner)
         params = choose(captioner, call)
         captioner.check(params)
         take_images(len(call.images))
         caller().charge(len(call.images) - 1)  # the guard took one
-        work = caption_all(server, captioner, call.images, params)
-        return captioner, call, await until_gone(request.receive, work)
+        shadow, work = server.manager.shadow, caption_all(server, captioner, call.images, params)
+        with shadow.live() as turn:
+            results = await until_gone(request.receive, work)
+        asked = replace(call, images=[])
+        shadow.offer(call.images, lambda candidate: choose(candidate, asked), results[0], turn)
+        return captioner, call, results
 
 
 async def caption_all(

@@ -29,6 +29,8 @@ client.
 
 from typing import ClassVar
 
+from exports.errors import Cause
+
 
 class CaptionError(Exception):
     """The root: everything that serving raises on purpose."""
@@ -167,6 +169,11 @@ class BundleRejected(CaptionError):
 
     status = 500
     title = "Bundle rejected"
+
+    def __init__(self, detail: str, cause: Cause = "onnx") -> None:
+        """Keeps `cause`, the kind of fault."""
+        super().__init__(detail)
+        self.cause: Cause = cause
 
 
 class LogRefused(CaptionError):

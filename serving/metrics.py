@@ -7,6 +7,7 @@ out.
 
 from collections.abc import Callable
 from threading import Lock
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -18,7 +19,10 @@ from prometheus_client import (
     generate_latest,
 )
 
-MAX_SERIES = 64
+from exports.errors import Cause
+from serving.shadow_metrics import ShadowMetrics
+
+MAX_SERIES = 110
 _MAX_PAIRS = 24
 _CAPTIONING = frozenset({"captions", "chat", "infer"})  # routes
 
@@ -66,7 +70,7 @@ class Metrics:
         self._match = Summary(
             "cutline_match_seconds", "Seconds of one matcher run", registry=registry
         )
-        self._refused = Counter(
+        self._turned_away = Counter(
             "cutline_refused_requests",
             "Requests of nobody who may, by what was wrong",
             ["reason"],
@@ -78,6 +82,10 @@ class Metrics:
         self._swaps = Counter(
             "cutline_swaps", "Bundles loaded, by outcome", ["outcome"], registry=registry
         )
+        self._refused = Counter(
+            "cutline_bundles_refused", "Bundles not put to work", ["reason"], registry=registry
+        )
+        self.shadow = ShadowMetrics(registry)
         self._model = Gauge(
             "cutline_model_info",
             "1 for the bundle that answers",
@@ -96,7 +104,9 @@ class Metrics:
         for outcome in ("loaded", "refused"):
             self._swaps.labels(outcome)
         for reason in ("no_key", "wrong_key", "not_admin", "rate"):
-            self._refused.labels(reason)
+            self._turned_away.labels(reason)
+        for cause in get_args(Cause):
+            self._refused.labels(cause)
 
     def request_started(self) -> None:
         """Count one request that runs."""
@@ -117,7 +127,7 @@ class Metrics:
 
     def request_refused(self, reason: str) -> None:
         """Count a request that the guard turned away; the reason is one of four."""
-        self._refused.labels(reason).inc()
+        self._turned_away.labels(reason).inc()
 
     def observe_queue_wait(self, seconds: float) -> None:
         """Record how long an image waited to be encoded."""
@@ -162,9 +172,10 @@ class Metrics:
         self._model.labels(model, version).set(1)
         self._ready.set(1)
 
-    def model_refused(self) -> None:
-        """Count a bundle that was not put to work."""
+    def model_refused(self, cause: Cause) -> None:
+        """Count a bundle that was not put to work, and why."""
         self._swaps.labels("refused").inc()
+        self._refused.labels(cause).inc()
 
     def page(self) -> bytes:
         """Return the page in Prometheus' text format."""

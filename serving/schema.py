@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
 
+from exports.errors import Cause
 from exports.manifest import Rerank
 from serving.limits import MAX_LENGTH_PENALTY
 
@@ -143,8 +144,32 @@ class SwapError(BaseModel):
     """Why the bundle that should answer does not."""
 
     version: str = Field(description="The version that was refused; empty if none was found.")
+    cause: Cause = Field(description="The kind of fault, as the metrics name it.")
     reason: str
     at: str = Field(description="UTC time, ISO 8601")
+
+
+class ShadowAnswer(BaseModel):
+    """A candidate that answers along, and how it compares with the version that answers."""
+
+    version: str
+    share: float = Field(description="Of the requests, those that the candidate may be asked too.")
+    loaded: bool = Field(description="Whether it is asked now.")
+    requests: int = Field(description="Requests that both have answered.")
+    agreed: int = Field(description="Those with the same first caption.")
+    failed: int = Field(description="Those for which the candidate had none; part of `requests`.")
+    dropped: int = Field(
+        description="Those not asked, or not to the end: live requests came first."
+    )
+    overlap: float | None = Field(description="Mean F1 of the words of both captions.")
+    score: float | None = Field(description="The candidate's mean score.")
+    live_score: float | None = Field(description="The mean score of the version that answers.")
+    seconds: float | None = Field(description="The candidate's median seconds a request.")
+    live_seconds: float | None = Field(
+        description="The same of the version that answers, where a request was alone."
+    )
+    slowdown: float | None = Field(description="`seconds` over `live_seconds`.")
+    verdict: str = Field(description="How it ended or would end; empty while that is open.")
 
 
 class ModelAnswer(BaseModel):
@@ -156,6 +181,7 @@ class ModelAnswer(BaseModel):
     swaps: int = Field(description="Versions put to work since the start.")
     active: ActiveModel | None
     last_error: SwapError | None
+    shadow: ShadowAnswer | None
 
 
 class ListedModel(BaseModel):

@@ -144,7 +144,8 @@ class OnnxSession:
 def _device(provider: Provider) -> str:
     available = ort.get_available_providers()
     if provider == "cuda" and "CUDAExecutionProvider" not in available:
-        raise BundleRejected(f"no CUDA here: this ONNX Runtime has {', '.join(available)}")
+        words = f"no CUDA here: this ONNX Runtime has {', '.join(available)}"
+        raise BundleRejected(words, "other")
     if provider == "auto":
         return "cuda" if "CUDAExecutionProvider" in available else "cpu"
     return provider
@@ -170,7 +171,8 @@ def _load(graph: bytes, threads: int, device: str) -> ort.InferenceSession:
         providers.insert(0, ("CUDAExecutionProvider", _CUDA_OPTIONS))
     session = ort.InferenceSession(graph, options, providers=providers)
     if device == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise BundleRejected("ONNX Runtime has CUDA but could not start it: no GPU, or no cuDNN")
+        words = "ONNX Runtime has CUDA but could not start it: no GPU, or no cuDNN"
+        raise BundleRejected(words, "other")
     return session
 
 

@@ -8,7 +8,15 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from exports.registry import DEFAULT_REGISTRY
+from exports.remote import is_url
 from serving.limits import MAX_PIXELS
+
+
+def _location(value: Path | str) -> Path | str:
+    return str(value) if is_url(value) else Path(value)
+
+
+Location = Annotated[Path | str, AfterValidator(_location)]
 
 
 class Settings(BaseSettings):
@@ -19,10 +27,16 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=1, le=65535, description="port to listen on")
 
-    registry: Path = Field(DEFAULT_REGISTRY, description="folder that holds <model>/<version>/")
+    registry: Location = Field(
+        DEFAULT_REGISTRY, description="folder or URL that holds <model>/<version>/"
+    )
+    cache: Path | None = Field(None, description="folder for what is fetched from a URL")
     model: str = Field("cutline-base", description="name, name@version or name@alias to follow")
     poll_s: PositiveFloat = Field(1.0, description="seconds between two looks at the registry")
     retry_s: PositiveFloat = Field(30.0, description="seconds before a refused bundle is retried")
+    proof_s: PositiveFloat = Field(
+        30.0, description="seconds in which a bundle must caption its golden images"
+    )
 
     keys_file: Annotated[Path, AfterValidator(Path.absolute)] | None = Field(
         None, description="JSON file of API keys, see `python -m serving key`; none: open to all"

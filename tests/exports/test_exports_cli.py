@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from exports.__main__ import main
+from exports.registry import Registry
 
 Write = Callable[[Path], Path]
 
@@ -96,3 +97,36 @@ def test_every_failure_is_an_error_line_and_leaves_nothing_behind(
     assert main(argv) == 1
     assert capsys.readouterr().err.startswith("error: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_shadow_is_set_shown_and_ended(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, root = str(write(tmp_path / "source")), str(tmp_path / "registry")
+
+    def run(*arguments: str) -> str:
+        code = main([*arguments, "--registry", root])
+        said = capsys.readouterr()
+        assert code == (1 if said.err else 0)
+        return said.out or said.err
+
+    for _ in range(2):
+        run("publish", source)
+    run("promote", "tiny", "1")
+    assert run("shadow", "tiny") == "tiny has no shadow\n"
+    thresholds = ("--share", "0.05", "--max-slowdown", "2", "--auto")
+    said = run("shadow", "tiny", "2", *thresholds)
+    assert run("shadow", "tiny") == said
+    assert said.startswith("tiny@2 is asked 5% of the requests too; after 200 requests a server")
+    assert said.endswith("promotes or refuses it: disagreement at most 0.5, slowdown at most 2\n")
+    registry = Registry(root)
+    plan = registry.shadow("tiny")
+    assert plan is not None and plan.share == 0.05 and plan.auto
+    assert registry.conclude_shadow("tiny", plan, "refused: too slow", promote=False)
+    assert run("shadow", "tiny").endswith("too; refused: too slow\n")
+    assert run("shadow", "tiny", "--stop") == "tiny@2 is no shadow any more\n"
+    assert run("shadow", "tiny", "--stop") == "tiny has no shadow\n"
+    assert run("shadow", "tiny") == "tiny has no shadow\n"
+    assert run("shadow", "tiny", "9").startswith("error: no tiny@9 in ")
+    assert run("shadow", "tiny", "2", "--share", "2").startswith("error: --share: Input should be")
+    assert run("shadow", "other").startswith("error: no model 'other' in ")

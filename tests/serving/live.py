@@ -50,8 +50,11 @@ class Live:
 
 
 @contextmanager
-def running(root, *, load=None, wait=True, **settings):
-    """Runs a server over the registry at `root` until the block ends."""
+def running(root, *, load=None, wait=True, registry_of=None, **settings):
+    """Runs a server over the registry at `root` until the block ends.
+
+    Where `root` is a URL, `registry_of` is what a test changes.
+    """
     chosen = {"model": "tiny", "threads": 1, "poll_s": 0.02, "provider": "cpu", **settings}
     settings = Settings(registry=root, **chosen)
     metrics = Metrics()
@@ -73,7 +76,7 @@ def running(root, *, load=None, wait=True, **settings):
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             while wait and client.get("/readyz").status_code != 200:
                 pass
-            yield Live(client, port, Registry(root), manager, engine)
+            yield Live(client, port, registry_of or Registry(root), manager, engine)
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

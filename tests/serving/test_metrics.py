@@ -28,7 +28,7 @@ def test_everything_is_counted_once():
     metrics.add_tokens(11)
     metrics.model_loaded("tiny", "1")
     metrics.model_loaded("tiny", "2")
-    metrics.model_refused()
+    metrics.model_refused("hash")
 
     found = samples(metrics)
     assert found["cutline_requests_total", "200", "captions"] == 1
@@ -45,6 +45,8 @@ def test_everything_is_counted_once():
     assert found["cutline_queue_depth",] == 7
     assert found["cutline_swaps_total", "loaded"] == 2
     assert found["cutline_swaps_total", "refused"] == 1
+    assert found["cutline_bundles_refused_total", "hash"] == 1
+    assert found["cutline_bundles_refused_total", "golden"] == 0
     assert found["cutline_model_info", "2", "tiny"] == 1
     assert ("cutline_model_info", "1", "tiny") not in found
 
