@@ -17,16 +17,21 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from swagger_ui_bundle import swagger_ui_path
 
+from serving import quality
 from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
 from serving.edge import Edge, until_gone
 from serving.engine import Engine
 from serving.errors import CaptionError, DeadlineExceeded, NotReady, UnknownModel
 from serving.limits import Budget
+from serving.logs import noted
 from serving.metrics import Metrics
+from serving.metrics_port import CONTENT_TYPE, MetricsPort
+from serving.node_pages import NodePages
 from serving.openapi import captions_operation, describe, documented
 from serving.params import Caption, Params
 from serving.problem import plain_problem, problem
+from serving.reproof import Reproof
 from serving.request import CaptionCall, read_call
 from serving.schema import (
     CaptionAnswer,
@@ -39,6 +44,7 @@ from serving.schema import (
 from serving.session import Pixels
 from serving.settings import Settings
 from serving.swap import ModelManager
+from serving.timeline import Timeline
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -62,6 +68,8 @@ class _Server:
     manager: ModelManager
     engine: Engine
     metrics: Metrics
+    pages: NodePages
+    reproof: Reproof
     limits: ImageLimits
     decoders: ThreadPoolExecutor
     held_bytes: Budget
@@ -77,12 +85,27 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         manager.start()
+        pages.start()
+        port.start()
+        proofs = asyncio.create_task(reproof.run())
         yield
+        proofs.cancel()
         manager.close()
+        await asyncio.to_thread(port.close)
+        await asyncio.to_thread(pages.close)
         await asyncio.to_thread(engine.close)
         decoders.shutdown(wait=False, cancel_futures=True)
 
-    metrics.watch_queue(lambda: engine.waiting)
+    pages = NodePages(metrics.page, settings.metrics_dir)
+    port = MetricsPort(pages.page, settings.metrics_host, settings.metrics_port)
+    reproof = Reproof(
+        lambda: manager.current,
+        engine,
+        metrics,
+        every_s=settings.reproof_s,
+        deadline_s=settings.deadline_s,
+    )
+    metrics.watch_queue(lambda: engine.waiting, settings.max_queue)
     app = FastAPI(
         title="Cutline",
         version="1",
@@ -97,6 +120,8 @@ def create_app(
         manager,
         engine,
         metrics,
+        pages,
+        reproof,
         ImageLimits(max_pixels=settings.max_pixels),
         decoders,
         # A lone body always fits.
@@ -115,6 +140,10 @@ def create_app(
     app.mount("/docs/assets", StaticFiles(directory=str(swagger_ui_path)), name="assets")
     app.add_exception_handler(CaptionError, _on_caption_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    if settings.tracing:
+        from serving import tracing  # what is off costs nothing, not even its libraries
+
+        app.add_middleware(tracing.TraceRequests, provider=tracing.otlp_provider())
     app.add_middleware(Edge, metrics=metrics)
     return app
 
@@ -173,15 +202,19 @@ async def get_health() -> Health:
 
 @_api.get("/readyz", tags=["probes"], summary="Can it caption?", responses=documented(503))
 async def get_ready(request: Request) -> Health:
-    """Returns ready once a bundle has given the captions that it promises."""
-    captioner = _ready(_server(request))
+    """Returns ready once a bundle has given the captions that it promises, and while it does."""
+    server = _server(request)
+    captioner = _ready(server)
+    if server.reproof.fault:
+        raise NotReady(f"{captioner.name}@{captioner.version} fails: {server.reproof.fault}.")
     return Health(status="ready", model=captioner.name, version=captioner.version)
 
 
 @_pages.get("/metrics")
 async def get_metrics(request: Request) -> Response:
-    """Returns the metrics for Prometheus."""
-    return Response(_server(request).metrics.page(), media_type="text/plain; version=0.0.4")
+    """Returns the metrics of all replicas of this node, for Prometheus."""
+    page = await asyncio.to_thread(_server(request).pages.page)
+    return Response(page, media_type=CONTENT_TYPE)
 
 
 @_pages.get("/openapi.json")
@@ -245,11 +278,17 @@ async def _caption_all(
     allowed = server.settings.deadline_s
     deadline = time.monotonic() + allowed
     total = len(call.images)
+    timelines = [Timeline(received=time.monotonic()) for _ in call.images]
+    note = noted()
+    note |= {"model": f"{captioner.name}@{captioner.version}", "images": total}
+    note["timelines"] = timelines
 
     async def one(place: int, body: bytes) -> list[Caption]:
+        timeline = timelines[place - 1]
         try:
             pixels = await _decoded(server, captioner, body)
-            return await server.engine.submit(captioner, pixels, params, deadline)
+            timeline.decoded = time.monotonic()
+            return await server.engine.submit(captioner, pixels, params, deadline, timeline)
         except CaptionError as error:
             if total > 1:
                 error.detail = f"Image {place} of {total}: {error.detail}"
@@ -262,7 +301,13 @@ async def _caption_all(
         raise DeadlineExceeded(f"No captions within {allowed:g} s.") from error
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+    found = [task.result() for task in tasks]
+    quality.observe(server.metrics, found)
+    for timeline, captions in zip(timelines, found, strict=True):
+        timeline.match_s = captions[0].seen.match_s
+    if server.settings.log_captions:
+        note["captions"] = [[caption.text for caption in captions] for captions in found]
+    return found
 
 
 async def _decoded(server: _Server, captioner: Captioner, body: bytes) -> Pixels:
@@ -280,6 +325,7 @@ async def _decoded(server: _Server, captioner: Captioner, body: bytes) -> Pixels
 
 async def _on_caption_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, CaptionError)  # it is registered for these alone
+    request.state.error = error.title
     return problem(error, request.state.request_id)
 
 

@@ -11,6 +11,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving import logs
 from serving.metrics import Metrics
 from serving.problem import internal_problem
 from serving.request import ClientGone
@@ -50,7 +51,9 @@ class Edge:
             await self.app(scope, receive, send)
             return
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        token = logs.state.set(state)
         path = scope["path"]
         code = _CLIENT_GONE
 
@@ -66,15 +69,18 @@ class Edge:
         try:
             await self.app(scope, receive, send_with_id)
         except ClientGone:
-            logger.info("%s: the client left", request_id)
+            logger.info("the client left")
         except Exception:
-            logger.exception("%s: unforeseen failure", request_id)
+            logger.exception("unforeseen failure")
             if code != _CLIENT_GONE:
                 raise  # half an answer is out: only the server can break the connection off
             await internal_problem(request_id)(scope, receive, send_with_id)
         finally:
             route = "page" if path.startswith("/docs/") else _ROUTES.get(path, "other")
-            self.metrics.request_finished(route, code, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            self.metrics.request_finished(route, code, seconds)
+            logs.log_request(state, route, code, seconds)
+            logs.state.reset(token)
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

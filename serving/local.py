@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import logging
 import math
 import signal
 import sys
@@ -14,6 +13,7 @@ import uvicorn
 
 from serving.app import create_app
 from serving.engine import Engine
+from serving.logs import log_to_stderr
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.swap import ModelManager
@@ -23,7 +23,7 @@ _PATIENCE_S = 5
 
 def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM; requests that run are finished first."""
-    log_to_stderr()
+    log_to_stderr(settings.log_format)
     metrics = Metrics()
     engine = Engine(
         max_rows=settings.max_rows,
@@ -37,7 +37,7 @@ def serve(settings: Settings) -> None:
             app,
             host=settings.host,
             port=settings.port,
-            log_level="warning",
+            log_config=None,  # its own would come beside ours
             access_log=False,
             timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
         )
@@ -49,13 +49,6 @@ def serve(settings: Settings) -> None:
     threading.Thread(target=announce, args=(settings, stop), daemon=True).start()
     server.run()
     stop.set()
-
-
-def log_to_stderr() -> None:
-    """Shows what the server has to say: which bundle it serves, and why not another."""
-    log = logging.getLogger("serving")
-    log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler())
 
 
 def announce(settings: Settings, stop: threading.Event) -> None:

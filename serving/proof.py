@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from exports.bundle import Bundle
+from exports.errors import BundleError
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionError, CaptionFailed
 from serving.params import Result
@@ -15,8 +16,8 @@ Answers = Callable[[Sequence[Pixels]], tuple[list[Result], list[str]]]
 """Images to their captions, and to what a matcher says of each that it should not, or ""."""
 
 
-def prove(bundle: Bundle, answers: Answers) -> None:
-    """Compares the answers to a bundle's golden images with its manifest.
+def prove(bundle: Bundle, answers: Answers) -> list[Pixels]:
+    """Compares the answers to a bundle's golden images with its manifest; returns the images.
 
     Raises:
         BundleRejected: There are no golden images, or one of them is answered otherwise.
@@ -30,8 +31,8 @@ def prove(bundle: Bundle, answers: Answers) -> None:
             for entry in golden
         ]
         found, faults = answers(pixels)
-    except CaptionError as error:
-        raise BundleRejected(f"{bundle.path}: {error.detail}") from error
+    except (CaptionError, BundleError) as error:
+        raise BundleRejected(f"{bundle.path}: {error}") from error
     except Exception as error:  # a graph may fail in any way
         raise not_shown(f"{bundle.path}: the graphs do not run") from error
     for entry, captions in zip(golden, found, strict=True):
@@ -45,6 +46,7 @@ def prove(bundle: Bundle, answers: Answers) -> None:
     for entry, fault in zip(golden, faults, strict=True):
         if fault:
             raise BundleRejected(f"{bundle.path}: {entry.image}: {fault}")
+    return pixels
 
 
 def not_shown(what: str) -> BundleRejected:
