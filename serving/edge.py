@@ -23,7 +23,7 @@ T = TypeVar("T")
 REQUEST_ID = "x-request-id"
 _ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # nginx's code for a client that left before its answer; it stands in the metrics alone.
-_CLIENT_GONE = 499
+CLIENT_GONE = 499
 
 _ROUTES = {
     "/v1/captions": "captions",
@@ -55,7 +55,7 @@ class Edge:
         state["request_id"] = request_id
         token = logs.state.set(state)
         path = scope["path"]
-        code = _CLIENT_GONE
+        code = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
             nonlocal code
@@ -72,7 +72,7 @@ class Edge:
             logger.info("the client left")
         except Exception:
             logger.exception("unforeseen failure")
-            if code != _CLIENT_GONE:
+            if code != CLIENT_GONE:
                 raise  # half an answer is out: only the server can break the connection off
             await internal_problem(request_id)(scope, receive, send_with_id)
         finally:

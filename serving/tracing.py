@@ -27,6 +27,8 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.edge import CLIENT_GONE
+from serving.request import ClientGone
 from serving.timeline import Timeline
 
 _TRACED = ("/v1/", "/v2/")
@@ -71,6 +73,9 @@ class TraceRequests:
         state["trace_id"] = format_trace_id(span.get_span_context().trace_id)
         try:
             await self.app(scope, receive, send_and_note)
+        except Exception as error:  # `Edge`, around us, makes an answer of it
+            code = code or (CLIENT_GONE if isinstance(error, ClientGone) else _SERVER_ERROR)
+            raise
         finally:
             self._finish(span, scope, code)
 

@@ -22,9 +22,9 @@ SECRET = "sesame-7f3a"
 def logged(monkeypatch):
     """Starts the log in a form, and returns its lines so far."""
     stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
 
     def start(form):
+        monkeypatch.setattr(sys, "stderr", stream)
         log_to_stderr(form)
         return lambda: stream.getvalue().splitlines()
 
@@ -70,7 +70,7 @@ def test_a_request_is_one_line_of_json(root, logged, photos):
         "images": 1,
         "model": "tiny@1",
     }
-    assert (bad["code"], bad["error"]) == (400, "Undecodable image")
+    assert (bad["code"], bad["error"]) == (415, "Not an image")
     assert len(bad["request_id"]) == 32
     assert (unknown["route"], unknown["code"]) == ("other", 404)
     assert caption["text"] not in "\n".join(lines())
