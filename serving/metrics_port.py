@@ -29,6 +29,7 @@ class MetricsPort:
         self._page, self._address, self._retry_s = page, (host, port), retry_s
         self._server: _Server | None = None
         self._closing = threading.Event()
+        self._opening = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="cutline-metrics-port", daemon=True)
 
     @property
@@ -43,21 +44,29 @@ class MetricsPort:
 
     def close(self) -> None:
         """Stops listening: the next replica may."""
-        self._closing.set()
-        if self._server is not None:
-            self._server.shutdown()
+        with self._opening:
+            self._closing.set()
+            server = self._server
+        if server is not None:
+            server.shutdown()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            with suppress(OSError):  # another replica listens
-                with _Server(self._address, self._page) as self._server:
-                    logger.info("metrics of this node at %s:%d", *self._address)
-                    if not self._closing.is_set():
-                        self._server.serve_forever(poll_interval=0.1)
+            self._open()
+            if self._server is not None:
+                logger.info("metrics of this node at %s:%d", *self._address)
+                with self._server as server:
+                    server.serve_forever(poll_interval=0.1)  # until `close`
                 self._server = None
             self._closing.wait(self._retry_s)
+
+    def _open(self) -> None:
+        """Listens, unless another replica does or this one closes."""
+        with self._opening, suppress(OSError):
+            if not self._closing.is_set():
+                self._server = _Server(self._address, self._page)
 
 
 class _Server(ThreadingHTTPServer):

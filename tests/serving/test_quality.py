@@ -78,6 +78,8 @@ def test_distances_are_of_each_image_whoever_it_is_batched_with(knowing):
     together = [one[0].seen for one in captioner.caption_batch(pixels, params * 3)]
     alone = [captioner.caption_batch([one], params)[0][0].seen for one in pixels[::-1]][::-1]
     assert [one.distance for one in together] == pytest.approx([one.distance for one in alone])
+    values = captioner._session.encode(np.stack(pixels)).values[1].numpy()
+    assert [one.distance for one in together] == pytest.approx(reference.distances(values).tolist())
     assert len({round(one.distance, 3) for one in together}) == 3
     assert [one.is_strange for one in together] == [
         one.distance > reference.usual for one in together
