@@ -170,13 +170,13 @@ def _read_fresh(folder: Path, fresh_ns: int) -> dict[int, bytes]:
 
     Age is told by the monotonic clock, which all processes of a machine share and nobody sets.
     """
-    now = time.monotonic_ns()
     found = {}
     for number in range(_MOST):
         path = _path(folder, str(number))
         with suppress(OSError, ValueError):  # gone, or from before this machine's last start
             written, _, page = path.read_bytes().partition(b"\n")
-            if 0 <= now - int(written) <= fresh_ns:
+            # The time is taken after the read: a page may be written meanwhile.
+            if 0 <= time.monotonic_ns() - int(written) <= fresh_ns:
                 found[number] = page
     return found
 

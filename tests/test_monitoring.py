@@ -347,7 +347,7 @@ HEALTHY = [
         for replica in "01"
     ),
     captions("0+999x130", code="200"),
-    captions("0+1x130", code="500"),
+    captions("0+5x130", code="500"),
     captions("0+9x130", code="429"),
     series("cutline_requests_total", "0+9x130", route="health", code="503"),
     series("cutline_request_seconds_bucket", "0+97x130", le="2.5"),

@@ -82,6 +82,13 @@ def test_no_counter_goes_back_whoever_answers(replica):
     assert last == 20
 
 
+def test_a_page_that_is_written_meanwhile_is_not_missed(replica):
+    (_, asked), (_, busy) = replica(), replica(every_s=0.0001)
+    busy.page()
+    for _ in range(20):
+        assert set(read(asked.page())["cutline_ready",]) == {"0", "1"}
+
+
 def test_one_that_leaves_is_gone_at_once_and_its_number_is_free(replica):
     (_, stays), (_, leaves) = replica(), replica()
     leaves.page()
