@@ -237,8 +237,10 @@ class Metrics:
         if outcome != "skipped":
             self._ready.set(outcome == "passed")
 
-    def page(self, replica: str) -> bytes:
-        """Return the page in Prometheus' text format, all of it labelled with `replica`."""
+    def page(self, replica: str = "") -> bytes:
+        """Return the page in Prometheus' text format, all of it labelled with `replica`, if any."""
+        if not replica:
+            return generate_latest(self._registry)
         return generate_latest(_Labelled(self._registry, replica))
 
 
