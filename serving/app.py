@@ -21,15 +21,18 @@ from serving.decode_image import ImageLimits
 from serving.dialects import Dialects, InferenceError, OpenAIError
 from serving.edge import Edge
 from serving.engine import Engine
-from serving.errors import CaptionError
+from serving.errors import CaptionError, NotReady
 from serving.feedback import FeedbackRequest
 from serving.feedback_store import FeedbackStore
 from serving.guard import Guard
 from serving.keys import KeyRing
 from serving.limits import Budget
 from serving.metrics import Metrics
+from serving.metrics_port import CONTENT_TYPE, MetricsPort
+from serving.node_pages import NodePages
 from serving.openapi import captions_operation, describe, documented
 from serving.problem import not_offered, problem
+from serving.reproof import Reproof
 from serving.request import read_call
 from serving.schema import (
     CaptionAnswer,
@@ -69,12 +72,27 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         manager.start()
+        pages.start()
+        port.start()
+        proofs = asyncio.create_task(reproof.run())
         yield
+        proofs.cancel()
         manager.close()
+        await asyncio.to_thread(port.close)
+        await asyncio.to_thread(pages.close)
         await asyncio.to_thread(engine.close)
         decoders.shutdown(wait=False, cancel_futures=True)
 
-    metrics.watch_queue(lambda: engine.waiting)
+    pages = NodePages(metrics.page, settings.metrics_dir)
+    port = MetricsPort(pages.page, settings.metrics_host, settings.metrics_port)
+    reproof = Reproof(
+        lambda: manager.current,
+        engine,
+        metrics,
+        every_s=settings.reproof_s,
+        deadline_s=settings.deadline_s,
+    )
+    metrics.watch_queue(lambda: engine.waiting, settings.max_queue)
     app = FastAPI(
         title="Cutline",
         version="1",
@@ -89,6 +107,8 @@ def create_app(
         manager,
         engine,
         metrics,
+        pages,
+        reproof,
         ImageLimits(max_pixels=settings.max_pixels),
         decoders,
         # A lone body always fits.
@@ -111,6 +131,10 @@ def create_app(
     app.mount("/docs/assets", StaticFiles(directory=str(swagger_ui_path)), name="assets")
     app.add_exception_handler(CaptionError, _on_caption_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    if settings.tracing:
+        from serving import tracing  # what is off costs nothing, not even its libraries
+
+        app.add_middleware(tracing.TraceRequests, provider=tracing.otlp_provider())
     app.add_middleware(
         Guard,
         keys=KeyRing(settings.keys_file) if settings.keys_file else None,
@@ -172,15 +196,19 @@ async def get_health() -> Health:
 
 @_api.get("/readyz", tags=["probes"], summary="Can it caption?", responses=documented(503))
 async def get_ready(request: Request) -> Health:
-    """Returns ready once a bundle has given the captions that it promises."""
-    captioner = ready_captioner(server_of(request))
+    """Returns ready once a bundle has given the captions that it promises, and while it does."""
+    server = server_of(request)
+    captioner = ready_captioner(server)
+    if server.reproof.fault:
+        raise NotReady(f"{captioner.name}@{captioner.version} fails: {server.reproof.fault}.")
     return Health(status="ready", model=captioner.name, version=captioner.version)
 
 
 @_pages.get("/metrics")
 async def get_metrics(request: Request) -> Response:
-    """Returns the metrics for Prometheus."""
-    return Response(server_of(request).metrics.page(), media_type="text/plain; version=0.0.4")
+    """Returns the metrics of all replicas of this node, for Prometheus."""
+    page = await asyncio.to_thread(server_of(request).pages.page)
+    return Response(page, media_type=CONTENT_TYPE)
 
 
 @_pages.get("/openapi.json")
@@ -213,6 +241,7 @@ async def get_page(request: Request) -> HTMLResponse:
 
 async def _on_caption_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, CaptionError)  # it is registered for these alone
+    request.state.error = error.title
     return problem(error, request.state.request_id)
 
 

@@ -6,18 +6,20 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 
 from exports.bundle import Bundle
 from exports.errors import BundleError
 from exports.images import ImageSpec
 from exports.manifest import Manifest
+from exports.reference import REFERENCE_FILE, Reference
 from exports.text import Tokenizer
 from serving.beam import Beams, Done, Hypothesis
 from serving.decoding import Observer
 from serving.errors import BundleRejected, CaptionFailed
 from serving.matcher import Match, Wish
 from serving.memories import Encoded, MemoryCache
-from serving.params import Caption, Params, Result, beam_params
+from serving.params import Caption, Params, Result, Seen, beam_params
 from serving.proof import not_shown, prove
 from serving.session import Graphs, OnnxSession, Pixels, Provider
 
@@ -51,6 +53,8 @@ class Captioner:
         self._memories = MemoryCache(cache_bytes)
         self._matcher = session.matcher
         self._wishes: dict[int, Wish] = {}  # by slot, of images that are to be reranked
+        self._distances: dict[int, tuple[float, bool]] = {}  # by slot
+        self.golden_pixels: list[Pixels] = []  # of the manifest's golden images, proved
 
     @classmethod
     def load(
@@ -80,16 +84,21 @@ class Captioner:
             manifest = bundle.manifest
             tokenizer = bundle.tokenizer()
             graphs = Graphs.read(bundle)
+            reference = None
+            if REFERENCE_FILE in manifest.files:
+                reference = Reference.from_json(bundle.read(REFERENCE_FILE))
         except BundleError as error:
             raise BundleRejected(str(error), error.cause) from error
         try:
-            session = OnnxSession(graphs, manifest, threads=threads, provider=provider)
+            session = OnnxSession(
+                graphs, manifest, threads=threads, provider=provider, reference=reference
+            )
             captioner = cls(manifest, tokenizer, session, cache_bytes=cache_bytes)
         except BundleRejected as error:
             raise BundleRejected(f"{path}: {error.detail}", error.cause) from error
         except Exception as error:  # ONNX Runtime's errors share no base but this
             raise not_shown(f"{path}: the graphs do not load", error) from error
-        prove(bundle, captioner._golden_answers, allowed_s=proof_s)
+        captioner.golden_pixels = prove(bundle, captioner._golden_answers, allowed_s=proof_s)
         if manifest.decoder.dtype == "float16" and session.device == "cpu":
             logger.warning(
                 "%s is in half precision, for GPUs: on a CPU it is slower than in float32 or int8",
@@ -153,12 +162,15 @@ class Captioner:
             self._wishes[slot] = Wish(
                 encoded.memory, encoded.index, params.rerank, params.num_captions
             )
+        if encoded.memory.distances:
+            self._distances[slot] = encoded.memory.distances[encoded.index]
         return slot
 
     def leave(self, slot: int) -> None:
         """Frees the slot of an image that nobody waits for."""
         self._beams.leave(slot)
         self._wishes.pop(slot, None)
+        self._distances.pop(slot, None)
 
     def step(self, observer: Observer | None = None) -> list[tuple[int, Result]]:
         """Continues every image by one token; returns the slots that got free, and their captions.
@@ -232,6 +244,7 @@ class Captioner:
 
     def _result(self, done: Done, observer: Observer | None) -> Result:
         wish = self._wishes.pop(done.slot, None)
+        seen = Seen(*self._distances.pop(done.slot, ()))
         if done.is_nan:
             return self._not_finite
         if not done.hypotheses:
@@ -239,25 +252,28 @@ class Captioner:
         prompt = len(self.manifest.prompt_ids)
         found = [replace(one, token_ids=one.token_ids[prompt:]) for one in done.hypotheses]
         if wish is None or self._matcher is None:
-            return [self._caption(hypothesis) for hypothesis in found]
+            return [self._caption(hypothesis, seen) for hypothesis in found]
+        started = perf_counter()
         try:
             best = self._matcher.best(found, wish, observer)
         except Exception:  # it costs this image its captions, and no other
             logger.exception("captions could not be matched with their image")
             return CaptionFailed(f"{self._called} failed on this image.")
-        return [self._caption(*pair) for pair in best] or self._not_finite
+        seen = seen._replace(match_s=perf_counter() - started)
+        return [self._caption(one, seen, match) for one, match in best] or self._not_finite
 
     @property
     def _not_finite(self) -> CaptionFailed:
         return CaptionFailed(f"{self._called} gave numbers that are not finite for this image.")
 
-    def _caption(self, found: Hypothesis, match: Match | None = None) -> Caption:
+    def _caption(self, found: Hypothesis, seen: Seen, match: Match | None = None) -> Caption:
         return Caption(
             text=self._tokenizer.decode(found.token_ids),
             score=found.score,
             log_prob=found.log_prob,
             tokens=found.tokens,
             token_ids=found.token_ids,
+            seen=seen,
             **(match._asdict() if match else {}),
         )
 

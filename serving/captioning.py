@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from serving import quality
 from serving.caller import caller
 from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
@@ -22,13 +23,17 @@ from serving.engine import Engine
 from serving.errors import CaptionError, DeadlineExceeded, NotReady, UnknownModel
 from serving.feedback_store import FeedbackStore
 from serving.limits import Budget, Take
+from serving.logs import noted
 from serving.metrics import Metrics
+from serving.node_pages import NodePages
 from serving.params import Caption, Params
+from serving.reproof import Reproof
 from serving.request import CaptionCall
 from serving.schema import CaptionParameters
 from serving.session import Pixels
 from serving.settings import Settings
 from serving.swap import ModelManager
+from serving.timeline import Timeline
 
 Call = TypeVar("Call", bound=CaptionCall)
 
@@ -41,6 +46,8 @@ class Server:
     manager: ModelManager
     engine: Engine
     metrics: Metrics
+    pages: NodePages
+    reproof: Reproof
     limits: ImageLimits
     decoders: ThreadPoolExecutor
     held_bytes: Budget
@@ -136,11 +143,17 @@ async def caption_all(
     allowed = server.settings.deadline_s
     deadline = time.monotonic() + allowed
     total = len(images)
+    timelines = [Timeline(received=time.monotonic()) for _ in images]
+    note = noted()
+    note |= {"model": f"{captioner.name}@{captioner.version}", "images": total}
+    note["timelines"] = timelines
 
     async def one(place: int, body: bytes) -> list[Caption]:
+        timeline = timelines[place - 1]
         try:
             pixels = await decoded(server, captioner, body)
-            return await server.engine.submit(captioner, pixels, params, deadline)
+            timeline.decoded = time.monotonic()
+            return await server.engine.submit(captioner, pixels, params, deadline, timeline)
         except CaptionError as error:
             if total > 1:
                 error.detail = f"Image {place} of {total}: {error.detail}"
@@ -153,7 +166,13 @@ async def caption_all(
         raise DeadlineExceeded(f"No captions within {allowed:g} s.") from error
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+    found = [task.result() for task in tasks]
+    quality.observe(server.metrics, found)
+    for timeline, captions in zip(timelines, found, strict=True):
+        timeline.match_s = captions[0].seen.match_s
+    if server.settings.log_captions:
+        note["captions"] = [[caption.text for caption in captions] for captions in found]
+    return found
 
 
 async def decoded(server: Server, captioner: Captioner, body: bytes) -> Pixels:

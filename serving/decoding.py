@@ -46,12 +46,14 @@ class Memory:
     """What the encoder gives of images, on the device.
 
     `values`, each (B, ...), are what the decoder attends to beside the text, in the manifest's
-    order; `image_embedding` (B, E) is there for the matcher, if there is one.
+    order; `image_embedding` (B, E) is there for the matcher, if there is one. `distances` are each
+    image's from the training images, and whether that is far, if the bundle can tell.
     """
 
     images: int
     values: tuple[ort.OrtValue, ...]
     image_embedding: ort.OrtValue | None = None
+    distances: tuple[tuple[float, bool], ...] = ()
 
     @property
     def size(self) -> int:

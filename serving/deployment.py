@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,8 +25,10 @@ from serving.app import create_app
 from serving.edge import REQUEST_ID
 from serving.engine import Engine
 from serving.haproxy import environment, running_requests, stop_listening, write_start_script
-from serving.local import announce, log_to_stderr, warn_if_open
+from serving.local import announce, warn_if_open
+from serving.logs import log_to_stderr
 from serving.metrics import Metrics
+from serving.node_pages import node_folder
 from serving.settings import Settings
 from serving.swap import ModelManager
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MARK = "CUTLINE_CLUSTER"  # stands in the environment of every process that `up` started
+_WRONG_IN_A_ROW = 3  # golden captions
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is kept there
 
 
@@ -53,7 +57,11 @@ class CaptionService:
             RuntimeError: There is no model to serve. Under `up`, which says why and has nothing
                 else to serve, the replica waits for one instead.
         """
-        log_to_stderr()
+        log_to_stderr(settings.log_format)
+        if (
+            settings.metrics_dir is None
+        ):  # one of several, perhaps: they show their metrics together
+            settings = settings.model_copy(update={"metrics_dir": node_folder()})
         alone = _MARK in os.environ
         if alone:
             _keep_to_loopback()
@@ -72,12 +80,20 @@ class CaptionService:
             metrics=self._metrics,
         )
         self._settings = settings
+        self._app: FastAPI | None = None
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Returns the app; Serve calls this once."""
         app = create_app(self._settings, self._manager, self._engine, self._metrics)
         app.add_middleware(_OneRequestId)
+        self._app = app
         return app
+
+    def check_health(self) -> None:
+        """Tells Serve to replace this replica when it captions its golden images wrongly."""
+        reproof = self._app.state.server.reproof if self._app else None
+        if reproof and reproof.fault and reproof.failures >= _WRONG_IN_A_ROW:
+            raise RuntimeError(reproof.fault)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Follows `user_config["model"]`; returns at once and never raises."""
@@ -181,6 +197,8 @@ def _run(settings: Settings, folder: Path, stop: threading.Event) -> None:
             proxy_location="HeadOnly",
             http_options={"host": settings.host, "port": settings.port},
         )
+        if settings.metrics_dir is None:
+            settings = settings.model_copy(update={"metrics_dir": folder / "metrics"})
         serve.run(build(settings), name="cutline", route_prefix="/")
         announce(settings, stop)
         stop.wait()

@@ -11,6 +11,7 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving import logs
 from serving.metrics import Metrics
 from serving.problem import internal_problem
 from serving.request import ClientGone
@@ -22,7 +23,7 @@ T = TypeVar("T")
 REQUEST_ID = "x-request-id"
 _ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # nginx's code for a client that left before its answer; it stands in the metrics alone.
-_CLIENT_GONE = 499
+CLIENT_GONE = 499
 
 _ROUTES = {
     "/v1/captions": "captions",
@@ -55,9 +56,11 @@ class Edge:
             await self.app(scope, receive, send)
             return
         request_id = _request_id(scope)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        token = logs.state.set(state)
         path = scope["path"]
-        code = _CLIENT_GONE
+        code = CLIENT_GONE
 
         async def send_with_id(message: Message) -> None:
             nonlocal code
@@ -71,14 +74,18 @@ class Edge:
         try:
             await self.app(scope, receive, send_with_id)
         except ClientGone:
-            logger.info("%s: the client left", request_id)
+            logger.info("the client left")
         except Exception:
-            logger.exception("%s: unforeseen failure", request_id)
-            if code != _CLIENT_GONE:
+            logger.exception("unforeseen failure")
+            if code != CLIENT_GONE:
                 raise  # half an answer is out: only the server can break the connection off
             await internal_problem(request_id)(scope, receive, send_with_id)
         finally:
-            self.metrics.request_finished(_route(path), code, time.perf_counter() - start)
+            route = _route(path)
+            seconds = time.perf_counter() - start
+            self.metrics.request_finished(route, code, seconds)
+            logs.log_request(state, route, code, seconds)
+            logs.state.reset(token)
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

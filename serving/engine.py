@@ -24,6 +24,7 @@ from serving.errors import DeadlineExceeded, NotReady, QueueFull
 from serving.fair_queue import FairQueue
 from serving.params import Caption, Params
 from serving.session import Pixels
+from serving.timeline import Timeline
 from serving.waiter import Result, Waiter, deliver, told
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Engine:
         pixels: Pixels,
         params: Params,
         deadline: float | None = None,
+        timeline: Timeline | None = None,
     ) -> list[Caption]:
         """Returns the captions of one image, best first.
 
@@ -111,6 +113,7 @@ class Engine:
             pixels: uint8 (H, W, 3), from `decode_image`.
             params: Checked by `captioner.check`.
             deadline: When to give up, on the clock of `time.monotonic`, in seconds.
+            timeline: Is filled from when the encoder begins.
 
         Raises:
             QueueFull: Too many wait already, or so many that another caller had a better right.
@@ -120,6 +123,7 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         waiter = Waiter(captioner, pixels, params, deadline, loop, loop.create_future())
+        waiter.timeline = timeline or waiter.timeline
         left = None if deadline is None else deadline - waiter.since
         if left is not None and left <= 0:
             raise DeadlineExceeded("The deadline had passed before the image was queued.")
@@ -181,7 +185,7 @@ class Engine:
         now = time.monotonic()
         batch = [waiter for waiter in taken if waiter.is_wanted(now)]
         for waiter in batch:
-            waiter.begun = now
+            waiter.begun = waiter.timeline.encoding = now
             self._metrics.observe_queue_wait(now - waiter.since)
         ready = self._encode(batch) if batch else []
         with self._changed:
@@ -222,6 +226,7 @@ class Engine:
             found = batch[0].captioner.encode([one.pixels for one in batch], self._metrics)
             for waiter, encoded in zip(batch, found, strict=True):
                 waiter.encoded = encoded
+                waiter.timeline.encoded = time.monotonic()
             return list(batch)
         except Exception as error:  # nothing that a model or an image does may end the thread
             if len(batch) == 1:
@@ -248,6 +253,8 @@ class Engine:
             self._metrics.observe_rows(self._rows())
         for captioner, places in list(self._running.items()):
             done = [(places.pop(slot), got) for slot, got in self._step(captioner, places)]
+            for waiter, _ in done:
+                waiter.timeline.done = time.monotonic()
             if done:
                 self._finished(done)
             if not places:
@@ -306,6 +313,7 @@ class Engine:
             logger.exception("an image could not join")
             deliver([(waiter, told(error))])
             return
+        waiter.timeline.joined = time.monotonic()
         self._running.setdefault(waiter.captioner, {})[slot] = waiter
 
     def _finished(self, done: Sequence[tuple[Waiter, Result]]) -> None:

@@ -112,7 +112,7 @@ class Guard:
         wait = bucket.take() if bucket else 0.0
         if wait > 0:
             raise RateLimited("The key's rate is used up.", retry_after=max(math.ceil(wait), 1))
-        scope["state"]["key_name"] = key.name
+        scope["state"]["key"] = key.name
         return Caller(key.name, bucket)
 
     def _is_open(self, scope: Scope) -> bool:

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from serving.app import create_app
 from serving.engine import Engine
+from serving.logs import log_to_stderr
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.swap import ModelManager
@@ -27,7 +28,7 @@ _PATIENCE_S = 5
 
 def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM; requests that run are finished first."""
-    log_to_stderr()
+    log_to_stderr(settings.log_format)
     warn_if_open(settings)
     metrics = Metrics()
     engine = Engine(
@@ -55,7 +56,7 @@ def web_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
             host=settings.host,
             port=settings.port,
             http="h11",
-            log_level="warning",
+            log_config=None,  # its own would come beside ours
             access_log=False,
             timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
         )
@@ -77,13 +78,6 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def log_to_stderr() -> None:
-    """Shows what the server has to say: which bundle it serves, and why not another."""
-    log = logging.getLogger("serving")
-    log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler())
 
 
 def announce(settings: Settings, stop: threading.Event) -> None:

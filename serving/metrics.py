@@ -2,10 +2,10 @@
 
 A histogram of b buckets costs b + 2 series (`+Inf` is one of the b), so the buckets are few, and
 the number of (route, code) pairs is capped: whatever a client does, at most `MAX_SERIES` lines come
-out.
+out, `MAX_BYTES` in all. No label but those of `LABELS`, and none whose values a client chooses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from threading import Lock
 from typing import get_args
 
@@ -14,15 +14,23 @@ from prometheus_client import (
     Counter,
     Gauge,
     Histogram,
+    Metric,
+    ProcessCollector,
     Summary,
     disable_created_metrics,
     generate_latest,
 )
 
 from exports.errors import Cause
+from serving.machine import memory_limit
 from serving.shadow_metrics import ShadowMetrics
 
-MAX_SERIES = 110
+MAX_SERIES = 170
+MAX_BYTES = 20_000
+LABELS = frozenset(
+    {"replica", "route", "code", "outcome", "fault", "reason", "model", "version", "le"}
+)
+FAULTS = ("repetition", "bad_ending", "empty")
 _MAX_PAIRS = 24
 _CAPTIONING = frozenset({"captions", "chat", "infer"})  # routes
 
@@ -92,13 +100,50 @@ class Metrics:
             ["model", "version"],
             registry=registry,
         )
-        self._ready = Gauge("cutline_ready", "1 when a bundle answers", registry=registry)
+        self._proofs = Counter(
+            "cutline_proofs",
+            "Golden captions asked for since loading, by outcome",
+            ["outcome"],
+            registry=registry,
+        )
+        self._ready = Gauge(
+            "cutline_ready", "1 when a bundle answers and its last proof held", registry=registry
+        )
         self._running = Gauge(
             "cutline_requests_running", "Requests not yet answered", registry=registry
         )
         self._depth = Gauge(
             "cutline_queue_depth", "Images that wait to be encoded", registry=registry
         )
+        self._queue_limit = Gauge(
+            "cutline_queue_limit", "Images that may wait to be encoded", registry=registry
+        )
+        self._confidence = Histogram(
+            "cutline_caption_confidence",
+            "Probability of a caption's tokens, their geometric mean; the best caption of an image",
+            buckets=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+            registry=registry,
+        )
+        self._words = Histogram(
+            "cutline_caption_words",
+            "Words of the best caption of an image",
+            buckets=(4, 6, 8, 10, 12, 16, 24),
+            registry=registry,
+        )
+        self._faults = Counter(
+            "cutline_caption_faults",
+            "Best captions that repeat themselves, break off or say nothing",
+            ["fault"],
+            registry=registry,
+        )
+        self._distance: Histogram | None = None
+        self._strange: Counter | None = None
+        Gauge(
+            "cutline_memory_limit_bytes",
+            "Bytes of memory that all processes of the container may take",
+            registry=registry,
+        ).set(memory_limit())
+        ProcessCollector(registry=registry)
         self._pairs: set[tuple[str, str]] = set()
         self._lock = Lock()
         for outcome in ("loaded", "refused"):
@@ -107,6 +152,10 @@ class Metrics:
             self._turned_away.labels(reason)
         for cause in get_args(Cause):
             self._refused.labels(cause)
+        for fault in FAULTS:
+            self._faults.labels(fault)
+        for outcome in ("passed", "failed", "skipped"):
+            self._proofs.labels(outcome)
 
     def request_started(self) -> None:
         """Count one request that runs."""
@@ -161,9 +210,39 @@ class Metrics:
         """Count generated tokens."""
         self._tokens.inc(count)
 
-    def watch_queue(self, depth: Callable[[], int]) -> None:
-        """Ask `depth` for the number of waiting images whenever the page is read."""
+    def observe_caption(self, confidence: float, words: int, faults: Iterable[str]) -> None:
+        """Record the best caption of an image; `faults` are of `FAULTS`."""
+        self._confidence.observe(confidence)
+        self._words.observe(words)
+        for fault in faults:
+            self._faults.labels(fault).inc()
+
+    def observe_distance(self, distance: float, *, is_strange: bool) -> None:
+        """Record how far an image is from those that the model was trained on.
+
+        The series appear with the first image of a bundle that can tell.
+        """
+        with self._lock:
+            if self._distance is None:
+                self._distance = Histogram(
+                    "cutline_image_distance",
+                    "Distance of an image's features from the training images'; theirs is 1",
+                    buckets=(0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 4.0),
+                    registry=self._registry,
+                )
+                self._strange = Counter(
+                    "cutline_images_strange",
+                    "Images farther than all but 1 % of the training images",
+                    registry=self._registry,
+                )
+        self._distance.observe(distance)
+        if is_strange and self._strange is not None:
+            self._strange.inc()
+
+    def watch_queue(self, depth: Callable[[], int], limit: int) -> None:
+        """Ask `depth` for the number of waiting images, of at most `limit`, for every page."""
         self._depth.set_function(depth)
+        self._queue_limit.set(limit)
 
     def model_loaded(self, model: str, version: str) -> None:
         """Record that a bundle went to work; the one before leaves the page."""
@@ -177,6 +256,29 @@ class Metrics:
         self._swaps.labels("refused").inc()
         self._refused.labels(cause).inc()
 
-    def page(self) -> bytes:
-        """Return the page in Prometheus' text format."""
-        return generate_latest(self._registry)
+    def proof_done(self, outcome: str) -> None:
+        """Count a golden caption that was asked for; a wrong one means not ready."""
+        self._proofs.labels(outcome).inc()
+        if outcome != "skipped":
+            self._ready.set(outcome == "passed")
+
+    def page(self, replica: str = "") -> bytes:
+        """Return the page in Prometheus' text format, all of it labelled with `replica`, if any."""
+        if not replica:
+            return generate_latest(self._registry)
+        return generate_latest(_Labelled(self._registry, replica))
+
+
+class _Labelled:
+    """The metrics of a registry with one more label."""
+
+    def __init__(self, registry: CollectorRegistry, replica: str) -> None:
+        self._registry, self._replica = registry, replica
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [
+                sample._replace(labels={"replica": self._replica, **sample.labels})
+                for sample in family.samples
+            ]
+            yield family

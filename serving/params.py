@@ -1,7 +1,7 @@
 """What may be asked of a captioner, and what it answers."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from exports.manifest import Generation, Manifest, Rerank
 from exports.text import Tokenizer
@@ -30,6 +30,21 @@ class Params:
         return cls(**{**defaults.model_dump(), **chosen})
 
 
+class Seen(NamedTuple):
+    """What an operator may want to know of an image, once it is captioned.
+
+    `distance` is that of its features from the training images', `is_strange` whether almost all of
+    them are nearer; None where the bundle cannot tell. `match_s` are the seconds of reranking.
+    """
+
+    distance: float | None = None
+    is_strange: bool = False
+    match_s: float = 0.0
+
+
+NOT_SEEN = Seen()
+
+
 @dataclass(frozen=True, slots=True)
 class Caption:
     """One caption, as `Hypothesis` says, with its text, and what it was reranked by, if it was."""
@@ -41,6 +56,7 @@ class Caption:
     token_ids: tuple[int, ...]
     match: float | None = None
     similarity: float | None = None
+    seen: Seen = field(default=NOT_SEEN, compare=False)
 
 
 Result = list[Caption] | CaptionFailed

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from exports.bundle import Bundle
+from exports.errors import BundleError
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionError, CaptionFailed
 from serving.params import Result
@@ -20,8 +21,8 @@ Answers = Callable[[Sequence[Pixels]], tuple[list[Result], list[str]]]
 """Images to their captions, and to what a matcher says of each that it should not, or ""."""
 
 
-def prove(bundle: Bundle, answers: Answers, *, allowed_s: float = math.inf) -> None:
-    """Compares the answers to a bundle's golden images with its manifest.
+def prove(bundle: Bundle, answers: Answers, *, allowed_s: float = math.inf) -> list[Pixels]:
+    """Compares the answers to a bundle's golden images with its manifest; returns the images.
 
     Args:
         bundle: The bundle.
@@ -43,6 +44,8 @@ def prove(bundle: Bundle, answers: Answers, *, allowed_s: float = math.inf) -> N
         began = time.monotonic()
         found, faults = answers(pixels)
         spent_s = time.monotonic() - began
+    except BundleError as error:
+        raise BundleRejected(f"{bundle.path}: {error}", error.cause) from error
     except CaptionError as error:
         raise BundleRejected(f"{bundle.path}: {error.detail}", "golden") from error
     except Exception as error:  # a graph may fail in any way
@@ -65,6 +68,7 @@ def prove(bundle: Bundle, answers: Answers, *, allowed_s: float = math.inf) -> N
             " allowed",
             "slow",
         )
+    return pixels
 
 
 def not_shown(what: str, error: Exception) -> BundleRejected:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from exports.bundle import Bundle
 from exports.manifest import Dtype, Manifest, encoded_name, next_name
+from exports.reference import REFERENCE_FILE, Reference
 from serving.decoding import ANSWERED, FED, FED_IF_ASKED, Decoding, Memory, Observer
 from serving.errors import BundleRejected
 from serving.matcher import ANSWERED as MATCHER_ANSWERED
@@ -61,6 +62,7 @@ class OnnxSession:
         *,
         threads: int,
         provider: Provider = "cpu",
+        reference: Reference | None = None,
     ) -> None:
         """Loads the graphs.
 
@@ -69,6 +71,7 @@ class OnnxSession:
             manifest: Names the tensors of all.
             threads: CPU threads that share the work of one run.
             provider: Where the graphs run; `auto` takes CUDA if this ONNX Runtime has it.
+            reference: What images are held against, if the bundle has it.
 
         Raises:
             BundleRejected: The graphs are not whole in themselves or run foreign operators, lack
@@ -107,6 +110,9 @@ class OnnxSession:
             [*map(next_name, memory)],
             kept,
         )
+        if reference is not None and reference.output not in memory:
+            raise BundleRejected(f"{REFERENCE_FILE} reads {reference.output}, which nothing gives")
+        self._reference = reference
         self.matcher: Matcher | None = None
         if manifest.matcher is not None and graphs.matcher is not None:
             spec, session = manifest.matcher, _load(graphs.matcher, threads, self.device)
@@ -132,7 +138,14 @@ class OnnxSession:
             observer.observe_encode(seconds)
         values = list(binding.get_outputs())
         embedding = None if spec is None else values.pop()
-        return Memory(len(pixels), tuple(values), embedding)
+        return Memory(len(pixels), tuple(values), embedding, self._distances(values))
+
+    def _distances(self, values: Sequence[ort.OrtValue]) -> tuple[tuple[float, bool], ...]:
+        if self._reference is None:
+            return ()
+        place = self.manifest.decoder.memory.index(self._reference.output)
+        found = self._reference.distances(values[place].numpy()).tolist()
+        return tuple((distance, distance > self._reference.usual) for distance in found)
 
     def decoding(self, slots: int) -> "Decoding":
         """Returns a decoder with room for images in so many slots."""

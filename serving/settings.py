@@ -1,15 +1,17 @@
 """The server's settings: arguments first, then `CUTLINE_*` environment variables, then these."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from exports.registry import DEFAULT_REGISTRY
 from exports.remote import is_url
 from serving.limits import MAX_PIXELS
+from serving.logs import LogFormat
 
 
 def _location(value: Path | str) -> Path | str:
@@ -64,6 +66,20 @@ class Settings(BaseSettings):
     )
     deadline_s: PositiveFloat = Field(30.0, description="seconds from a read body to its answer")
 
+    log_format: LogFormat = Field("text", description="lines of the log: text or json")
+    log_captions: bool = Field(False, description="write captions to the log")
+    metrics_dir: Path | None = Field(
+        None, description="folder where the replicas of a node show their metrics together"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address of the metrics' own port")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port for metrics alone; 0: none")
+    tracing: bool = Field(False, description="send OpenTelemetry traces, see OTEL_* variables")
+    reproof_s: float = Field(
+        300.0,
+        ge=0,
+        description="seconds between two checks of a golden caption; 0: at loading only",
+    )
+
     # A 12-megapixel JPEG is 3 to 8 MB; base64 adds a third.
     max_body_bytes: PositiveInt = Field(16 * 1024 * 1024, description="bytes of one request body")
     max_held_bytes: PositiveInt = Field(
@@ -80,3 +96,17 @@ class Settings(BaseSettings):
     feedback_bytes: PositiveInt = Field(
         1024 * 1024 * 1024, description="bytes that feedback may take there; beyond that 507"
     )
+
+    @field_validator("tracing")
+    @classmethod
+    def _has_its_libraries(cls, tracing: bool) -> bool:
+        if tracing and not _can_trace():
+            raise ValueError("needs OpenTelemetry: pip install 'cutline[tracing]'")
+        return tracing
+
+
+def _can_trace() -> bool:
+    try:
+        return find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:  # not even its parent
+        return False

@@ -13,6 +13,7 @@ from serving.errors import CaptionError, CaptionFailed
 from serving.memories import Encoded
 from serving.params import Caption, Params
 from serving.session import Pixels
+from serving.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class Waiter:
     future: "asyncio.Future[list[Caption]]"
     since: float = field(default_factory=time.monotonic)
     begun: float = 0.0
+    timeline: Timeline = field(default_factory=Timeline)
     encoded: Encoded | None = None
     caller_name: str = field(default_factory=lambda: caller().name)
 

@@ -40,10 +40,13 @@ class Live:
         return self.client.post("/v1/captions", content=body, **fields)
 
     def metrics(self):
-        """Returns the value of every sample by name and label values."""
+        """Returns the value of every sample by name and label values, those of `replica` aside."""
         families = text_string_to_metric_families(self.client.get("/metrics").text)
         return {
-            (sample.name, *sorted(sample.labels.values())): sample.value
+            (
+                sample.name,
+                *sorted(v for k, v in sample.labels.items() if k != "replica"),
+            ): sample.value
             for family in families
             for sample in family.samples
         }

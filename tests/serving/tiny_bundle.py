@@ -27,6 +27,7 @@ from exports.manifest import (
     encoded_name,
     next_name,
 )
+from exports.reference import REFERENCE_FILE, Reference, features_of
 from exports.text import TextSpec
 from exports.text import Tokenizer as Text
 from serving.beam import beam_search
@@ -81,12 +82,14 @@ def write_tiny_bundle(
     nan=False,
     matcher=False,
     broken_match=False,
+    reference="",
 ) -> Path:
     """Writes a bundle to `target`; another `seed` gives other captions.
 
     `broken_golden` promises captions that the graphs do not give; `nan` puts a NaN into the
     weights. Both pass every check of the files and must fail the check of the captions. With
     `matcher` the bundle also tells how well captions fit; `broken_match` promises another number.
+    `reference` names the encoder's output by which it tells how far an image is from `picture`s.
     """
     encoder, decoder = _encoder(seed, embedding=matcher), _decoder(seed)
     tokenizer = _tokenizer()
@@ -119,6 +122,8 @@ def write_tiny_bundle(
         **({"matcher.onnx": graphs.matcher} if matcher else {}),
         **images,
     }
+    if reference:
+        files[REFERENCE_FILE] = _reference(graphs, manifest, reference).to_json()
     write_bundle(target, manifest.model_copy(update={"golden": tuple(golden)}), files)
     return target
 
@@ -147,6 +152,15 @@ def _golden(graphs, manifest, images, text):
         )
         for at, (name, [best]) in enumerate(zip(images, found, strict=True))
     ]
+
+
+def _reference(graphs, manifest, output):
+    session = OnnxSession(graphs, manifest, threads=1)
+    bodies = [picture(2000 + index) for index in range(64)]
+    pixels = [preprocess(Image.open(BytesIO(body)), manifest.image) for body in bodies]
+    memory = session.encode(np.stack(pixels))
+    values = memory.values[MEMORY.index(output)].numpy()
+    return Reference.fit(output, features_of(values))
 
 
 def _tokenizer():

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from exports.wording import ngrams, words
 from trainer import variants
 from trainer.errors import DataError
 from trainer.metrics import bad_endings, bleu, cider, distinct, length, repetition, rouge
 from trainer.metrics._hashes import count_ngrams, places_of
 from trainer.metrics._scores import Scores
-from trainer.metrics._words import ngrams, words
 
 REFERENCES = [
     ["a dog runs on the grass", "a brown dog is running in a field"],

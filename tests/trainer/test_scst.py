@@ -11,14 +11,13 @@ from pairs import SIZE, batch_of
 from test_loop import log, recipe
 from tiny_captioner import TEXT, decoder_table
 
+from exports.wording import breaks_off, words
 from trainer import variants
 from trainer.data import Example
 from trainer.dataset import CaptionDataset
 from trainer.decoding import greedy, sample
 from trainer.errors import ConfigError
 from trainer.metrics._hashes import count_ngrams, places_of
-from trainer.metrics._words import words
-from trainer.metrics.bad_endings import breaks_off
 from trainer.objectives._captioning import IGNORE_INDEX, labels_of
 from trainer.objectives.scst import leave_one_out, policy_loss
 from trainer.rewards import _reward

@@ -1,8 +1,6 @@
-"""Captions as words: the one tokenisation that every metric uses, and their n-grams.
+"""Captions as words: the one tokenisation that every metric uses.
 
-The rule: the caption in lower case and Unicode form NFC; each run of letters, their marks and
-digits is a word, everything else separates. "A man's T-shirt, 2 dogs." gives
-a man s t shirt 2 dogs.
+The rule stands in `exports.wording`: "A man's T-shirt, 2 dogs." gives a man s t shirt 2 dogs.
 
 The field's figures come from the Penn Treebank tokenizer, a Java program that keeps a hyphenated
 word whole (t-shirt), marks a possessive or contraction with its apostrophe (man 's, do n't) and
@@ -11,38 +9,10 @@ caption against four others, over the 1,000 Flickr8k dev images, gets CIDEr-D 0.
 there, BLEU-4 0.212 both times.
 """
 
-import re
-import sys
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
-from functools import cache
 
+from exports.wording import words
 from trainer.errors import DataError
-
-Ngram = tuple[str, ...]
-
-_PLAIN = re.compile(r"[^\W_]+")
-
-
-@cache
-def _marked() -> re.Pattern[str]:
-    """Finds words with their marks, which `re` takes for gaps: Hindi would fall to pieces."""
-    signs = map(chr, range(sys.maxunicode))
-    marks = "".join(sign for sign in signs if unicodedata.category(sign).startswith("M"))
-    return re.compile(rf"(?:[^\W_]|[{marks}])+")
-
-
-def words(caption: str) -> list[str]:
-    """Returns the lower-case words of a caption, without punctuation."""
-    if caption.isascii():
-        return _PLAIN.findall(caption.lower())
-    return _marked().findall(unicodedata.normalize("NFC", caption.lower()))
-
-
-def ngrams(tokens: Sequence[str], order: int) -> Counter[Ngram]:
-    """Returns how often each run of `order` words occurs."""
-    return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
 
 
 def check_pairs(references: Sequence[Sequence[str]], candidates: Sequence[str]) -> None:

@@ -10,17 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from exports.wording import breaks_off
 from trainer.metrics._scores import Scores, mean_scores
 from trainer.metrics._words import split_corpus
-
-_ARTICLES = "a an the this these those my your his its our their"
-_CONJUNCTIONS = "and or but nor while as if because than"
-_PREPOSITIONS = (
-    "of in at to from with for into onto against beside between among during near next toward "
-    "towards upon"
-)
-_VERBS = "is are was were be being am"
-UNFINISHED = frozenset(f"{_ARTICLES} {_CONJUNCTIONS} {_PREPOSITIONS} {_VERBS}".split())
 
 
 def score(references: Sequence[Sequence[str]], candidates: Sequence[str]) -> Scores:
@@ -36,8 +28,3 @@ def score(references: Sequence[Sequence[str]], candidates: Sequence[str]) -> Sco
     _, split_candidates = split_corpus(references, candidates)
     found = [breaks_off(tokens) for tokens in split_candidates]
     return mean_scores("bad endings", np.array(found, dtype=np.float64))
-
-
-def breaks_off(tokens: Sequence[str]) -> bool:
-    """Says whether the last word wants another one."""
-    return bool(tokens) and tokens[-1] in UNFINISHED

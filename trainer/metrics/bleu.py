@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from exports.wording import Ngram, ngrams
 from trainer.metrics._scores import Scores
-from trainer.metrics._words import Ngram, ngrams, split_corpus
+from trainer.metrics._words import split_corpus
 
 ORDERS = (1, 2, 3, 4)
 _TINY, _SMALL = 1e-15, 1e-9

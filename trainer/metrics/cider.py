@@ -25,9 +25,10 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from exports.wording import words
 from trainer.metrics._hashes import ORDERS, CountedNgrams, count_ngrams, places_of
 from trainer.metrics._scores import Scores, mean_scores
-from trainer.metrics._words import check_pairs, split_references, words
+from trainer.metrics._words import check_pairs, split_references
 
 SIGMA = 6.0
 _TINY = 1e-300

@@ -6,12 +6,12 @@ that is paid for n-grams may find that they pay twice. References do not matter.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 
+from exports.wording import repeats
 from trainer.metrics._scores import Scores, mean_scores
-from trainer.metrics._words import ngrams, split_corpus
+from trainer.metrics._words import split_corpus
 
 
 def score(references: Sequence[Sequence[str]], candidates: Sequence[str]) -> Scores:
@@ -27,9 +27,3 @@ def score(references: Sequence[Sequence[str]], candidates: Sequence[str]) -> Sco
     _, split_candidates = split_corpus(references, candidates)
     found = [repeats(tokens) for tokens in split_candidates]
     return mean_scores("repetition", np.array(found, dtype=np.float64))
-
-
-def repeats(tokens: Sequence[str]) -> bool:
-    """Says whether a word follows itself, or three words come again."""
-    doubled = any(one == other for one, other in pairwise(tokens))
-    return doubled or any(count > 1 for count in ngrams(tokens, 3).values())

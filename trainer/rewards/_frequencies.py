@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from exports.wording import words
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.data import Example
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.metrics._hashes import count_ngrams, places_of
-from trainer.metrics._words import words
 from trainer.metrics.cider import DocumentFrequencies
 from trainer.readers import read_rows
 from trainer.rewards._reward import END, marked

@@ -5,8 +5,7 @@ One that was cut because it grew too long breaks off, whatever its last word.
 
 import numpy as np
 
-from trainer.metrics._words import words
-from trainer.metrics.bad_endings import breaks_off
+from exports.wording import breaks_off, words
 from trainer.rewards._reward import Floats, Sampled
 from trainer.rewards._reward import Reward as BaseReward
 

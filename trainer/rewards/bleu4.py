@@ -18,7 +18,7 @@ from functools import reduce
 
 import numpy as np
 
-from trainer.metrics._words import Ngram, ngrams, words
+from exports.wording import Ngram, ngrams, words
 from trainer.metrics.bleu import ORDERS
 from trainer.rewards._reward import Floats, Sampled, Sources, marked
 from trainer.rewards._reward import Reward as BaseReward

@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from trainer.metrics._words import words
-from trainer.metrics.repetition import repeats
+from exports.wording import repeats, words
 from trainer.rewards._reward import Floats, Sampled
 from trainer.rewards._reward import Reward as BaseReward
 

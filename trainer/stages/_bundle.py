@@ -25,6 +25,7 @@ from exports.manifest import (
     MatcherSpec,
     Reranking,
 )
+from exports.reference import REFERENCE_FILE, Reference
 from exports.text import TextSpec, Tokenizer
 from trainer.captioner import Captioner
 from trainer.compression import round_weights
@@ -84,6 +85,7 @@ class Content:
         card: MODEL_CARD.md.
         metrics: and `provenance`: see `Manifest`.
         reranking: with a matcher, how it weighs.
+        reference: what the training images look like, if that is known.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Content:
     provenance: dict[str, Any]
     prompt_ids: tuple[int, ...] = ()
     reranking: Reranking | None = None
+    reference: Reference | None = None
 
     def write(self, target: Path, golden: Sequence[Path]) -> None:
         """Writes the bundle to the folder `target`.
@@ -122,6 +125,8 @@ class Content:
             "MODEL_CARD.md": self.card.encode(),
             **pictures,
         }
+        if self.reference:
+            files[REFERENCE_FILE] = self.reference.to_json()
         matcher = None
         if graphs.matcher and self.reranking:
             body, spec = graphs.matcher

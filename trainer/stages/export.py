@@ -29,6 +29,7 @@ from trainer.stages._card import Card, model_card, provenance
 from trainer.stages._few_shot import FewShot, show_examples
 from trainer.stages._figures import as_json, score_all
 from trainer.stages._precision import Fp16, Int8, Precision, alike
+from trainer.stages._reference import training_reference
 from trainer.stages._reranking import settle
 
 _ROUNDED = (
@@ -141,6 +142,7 @@ def run(config: Config, out_dir: Path) -> None:
         metrics=metrics,
         provenance=proofs,
         reranking=matching.reranking if matching else None,
+        reference=training_reference(graphs, source.recipe.data, source.recipe.image),
     ).write(target, config.golden)
     print(f"publish it with: python -m exports publish {target}")
 

@@ -1,0 +1,203 @@
+"""The log: one line a request, the same form for all, and nothing of a body in any of them."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import sys
+
+import pytest
+from live import PNG, captions_of, running
+from tiny_bundle import picture
+
+from exports.registry import Registry
+from serving import logs
+from serving.logs import log_to_stderr
+
+SECRET = "sesame-7f3a"
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """Starts the log in a form, and returns its lines so far."""
+    stream = io.StringIO()
+
+    def start(form):
+        monkeypatch.setattr(sys, "stderr", stream)
+        log_to_stderr(form)
+        return lambda: stream.getvalue().splitlines()
+
+    yield start
+    for name in (*logs._OURS, *logs._OTHERS):
+        log = logging.getLogger(name)
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def root(tmp_path, tiny_bundles):
+    Registry(tmp_path).publish(tiny_bundles.one)
+    return tmp_path
+
+
+def requests(lines):
+    """Returns the lines of requests, each of which must be JSON like every other."""
+    return [line for line in map(json.loads, lines) if line["logger"] == "serving.requests"]
+
+
+def test_a_request_is_one_line_of_json(root, logged, photos):
+    lines = logged("json")
+    with running(root) as live:
+        ready = len(requests(lines()))
+        headers = {**PNG, "x-request-id": "mine"}
+        [[caption]] = captions_of(live.caption(photos[0], headers=headers))
+        live.client.post("/v1/captions", content=b"no image", headers=PNG)
+        live.client.get("/healthz")
+        live.client.get("/metrics")
+        live.client.get(f"/{SECRET}")
+    good, bad, unknown = requests(lines())[ready:]
+    assert good.pop("time").endswith("Z")
+    assert 0 < good.pop("seconds") < 60
+    assert good == {
+        "level": "info",
+        "logger": "serving.requests",
+        "message": "request",
+        "request_id": "mine",
+        "route": "captions",
+        "code": 200,
+        "images": 1,
+        "model": "tiny@1",
+    }
+    assert (bad["code"], bad["error"]) == (415, "Not an image")
+    assert len(bad["request_id"]) == 32
+    assert (unknown["route"], unknown["code"]) == ("other", 404)
+    assert caption["text"] not in "\n".join(lines())
+
+
+def test_probes_are_told_only_when_they_fail(tmp_path, logged):
+    lines = logged("json")
+    with running(tmp_path, wait=False) as live:
+        assert live.client.get("/readyz").status_code == 503
+        live.client.get("/healthz")
+    assert [(line["route"], line["code"]) for line in requests(lines())] == [("health", 503)]
+
+
+def test_captions_are_told_where_that_is_switched_on(root, logged, photos):
+    lines = logged("json")
+    with running(root, log_captions=True) as live:
+        [[caption]] = captions_of(live.caption(photos[0]))
+    assert requests(lines())[-1]["captions"] == [[caption["text"]]]
+
+
+def test_the_text_form_has_the_same(root, logged, photos):
+    lines = logged("text")
+    with running(root) as live:
+        live.caption(photos[0], headers={**PNG, "x-request-id": "mine"})
+    [line] = [line for line in lines() if "route=captions" in line]
+    assert "INFO request route=captions code=200 seconds=" in line
+    assert "request_id=mine images=1 model=tiny@1" in line
+
+
+def bodies():
+    """Yields (content type, body, query) of requests which fail in every layer that reads them."""
+    coded = base64.b64encode(SECRET.encode()).decode()
+    form = (
+        f'--b\r\nContent-Disposition: form-data; name="{{}}"; filename="{SECRET}"\r\n\r\n{{}}\r\n'
+    )
+    yield "image/png", SECRET.encode(), ""
+    yield "image/png", picture(1)[:200] + SECRET.encode(), ""
+    yield "image/png", picture(1), f"prefix={SECRET}"
+    yield "image/png", picture(1), f"{SECRET}=1"
+    yield "image/png", picture(1), f"model={SECRET}"
+    yield f"text/{SECRET}", b"x", ""
+    yield "application/json", json.dumps({"images": [coded], "prefix": SECRET}).encode(), ""
+    yield "application/json", json.dumps({"images": [SECRET]}).encode(), ""
+    yield "application/json", json.dumps({SECRET: SECRET}).encode(), ""
+    yield "application/json", f'{{"images": {SECRET}'.encode(), ""
+    yield "application/json", b'{"images": "' + SECRET.encode() + b'\xff"}', ""
+    yield "multipart/form-data; boundary=b", form.format("image", SECRET).encode() + b"--b--", ""
+    yield "multipart/form-data; boundary=b", form.format(SECRET, "x").encode() + b"--b--", ""
+    yield "multipart/form-data; boundary=b", form.format("image", SECRET).encode(), ""
+    yield f"multipart/form-data; boundary={SECRET}", SECRET.encode(), ""
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_nothing_of_a_body_gets_into_the_log(root, logged, form, monkeypatch):
+    lines = logged(form)
+    with running(root) as live:
+        for kind, body, query in bodies():
+            answer = live.client.post(
+                f"/v1/captions?{query}", content=body, headers={"content-type": kind}
+            )
+            assert answer.status_code in (200, 400, 404, 415, 422), (kind, body)
+        # And where the code is at fault: its error quotes the body, and so do the errors before.
+        monkeypatch.setattr("serving.app.read_call", quoting)
+        answer = live.client.post("/v1/captions", content=SECRET, headers=PNG)
+        assert answer.status_code == 500
+    told = "\n".join(lines())
+    coded = base64.b64encode(SECRET.encode()).decode()
+    assert SECRET not in told
+    assert coded not in told
+    assert "KeyError" in told
+    assert "in quoting" in told  # where it happened is told
+    assert len(told) < 20_000
+
+
+async def quoting(request, *_):
+    body = await request.body()
+    try:
+        json.loads(body)
+    except ValueError as error:
+        raise KeyError(body) from error
+
+
+def test_what_others_write_has_our_form_and_no_words_of_theirs_on_errors(logged):
+    lines = logged("json")
+    try:
+        raise ValueError(SECRET)
+    except ValueError:
+        logging.getLogger("uvicorn.error").exception("Exception in ASGI application\n%s", SECRET)
+
+    async def never_asked_for():
+        loop = asyncio.get_running_loop()
+        loop.call_exception_handler(
+            {"message": "Task exception was never retrieved", "exception": ValueError(SECRET)}
+        )
+
+    asyncio.run(never_asked_for())
+    first, second = map(json.loads, lines())
+    assert first["logger"] == "uvicorn.error"
+    assert first["message"] == "Exception in ASGI application"
+    assert first["exception"].endswith("ValueError")
+    assert second["logger"] == "asyncio"
+    assert SECRET not in "\n".join(lines())
+
+
+def test_words_about_the_machine_are_kept(logged):
+    lines = logged("json")
+    log = logging.getLogger("serving.swap")
+    for error in (OSError(28, "No space left on device"), RuntimeError(SECRET)):
+        try:
+            raise error
+        except Exception:
+            log.exception("not serving %s", "tiny")
+    first, second = map(json.loads, lines())
+    assert "No space left on device" in first["exception"]
+    assert second["exception"].endswith("RuntimeError")
+
+
+def test_a_line_stays_a_line(logged):
+    lines = logged("text")
+    logging.getLogger("serving").info("one\ntwo \x1b[31m")
+    [line] = lines()
+    assert line.endswith(r"INFO 'one\ntwo \x1b[31m'")
+
+
+def test_starting_the_log_twice_tells_nothing_twice(logged):
+    logged("text")
+    lines = logged("json")
+    logging.getLogger("serving.swap").info("once")
+    logging.getLogger("uvicorn.error").error("too")
+    assert [json.loads(line)["message"] for line in lines()] == ["once", "too"]
