@@ -159,6 +159,23 @@ def test_models_may_lie_in_a_bucket(tmp_path: Path) -> None:
     assert len(with_key) == 5, with_key
 
 
+def test_keys_may_be_asked_for(tmp_path: Path) -> None:
+    documents = everything(tmp_path, "overlays/cpu", components=("components/keys",))
+    assert list(problems(documents)) == []
+    [service] = of_kind("RayService", documents)
+    head, worker = pods([service])
+    for container in (head["spec"]["containers"][0], worker["spec"]["containers"][0]):
+        variables = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert variables["CUTLINE_KEYS_FILE"] == "/etc/cutline/keys.json"
+    [mount] = [
+        mount
+        for mount in worker["spec"]["containers"][0]["volumeMounts"]
+        if mount["mountPath"] == "/etc/cutline"
+    ]
+    [volume] = [one for one in worker["spec"]["volumes"] if one["name"] == mount["name"]]
+    assert volume["secret"]["optional"] is False, "without keys no worker, rather than an open one"
+
+
 def planted() -> list[tuple[str, int, tuple[Any, ...]]]:
     """Returns every key of every object, and where it stands."""
     seen = set()
@@ -212,7 +229,8 @@ def test_a_slip_in_any_file_is_found(file: str, tmp_path: Path) -> None:
     [*_, last] = re.finditer(r"^( *(?:- )*)([a-zA-Z]+):(?= |$)", text, re.MULTILINE)
     path.write_text(f"{text[: last.start(2)]}{last[2]}{last[2][-1]}{text[last.end(2) :]}")
 
-    components = ("components/s3",) if file.startswith("components/s3") else ()
+    folder = "/".join(file.split("/")[:2])
+    components = (folder,) if folder in ("components/s3", "components/keys") else ()
     user = next(
         (
             (name,)
