@@ -1,285 +1,194 @@
-"""The manifests, as strictly as an API server with field validation reads them, without one.
+"""The manifests are valid as an API server reads them, and no slip goes unnoticed."""
 
-An unknown key is an error everywhere: in the built-in kinds, in the RayService, in its pod
-templates, in the Serve config inside it, and in the settings of the server inside that.
-"""
-
-import gzip
 import json
-import tomllib
-from collections.abc import Iterator
-from functools import cache
+import re
+import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import jsonschema
-import kubernetes_validate
 import pytest
-import yaml
-from pydantic import BaseModel, ValidationError
-
-from serving.haproxy import POD, environment
-from serving.settings import Settings
+from k8s_manifests import (
+    K8S,
+    KUSTOMIZATIONS,
+    all_containers,
+    everything,
+    of_kind,
+    pods,
+    rendered,
+)
+from k8s_strict import key_paths, misspelt, problems
 
 # Ray, imported by some of the tests, still uses what pydantic has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-HERE = Path(__file__).parent
-BASE = HERE.parent / "k8s" / "base"
-KUBERNETES = "1.34"
-# What the tests know of kustomize; a new field is added here when a kustomization starts to use it.
-KUSTOMIZATION_FIELDS = {"apiVersion", "kind", "resources", "images"}
-
-# What one machine sets and the pods do not, and why.
-LEFT_OUT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",  # more than one machine
-    "RAY_AUTH_MODE",  # authOptions; the operator makes the token
-    "RAY_AUTH_TOKEN",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",  # no GPU
-    "RAY_SERVE_LOG_TO_STDERR",  # a pod's log is where an operator looks
-    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S",  # Kubernetes drains, see preStop: Ray's own are right
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
-    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC",  # a pod has a /tmp of its own
-    "RAY_SERVE_HAPROXY_SOCKET_PATH",
-    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE",
-    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE",
-    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH",
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED",
+# Components that an operator adds to an overlay.
+ADDED_BY_HAND = ("components/s3", "components/keys")
+# What a file is tried with; all others with an overlay.
+APPLIED_WITH = {
+    "components/s3": ("overlays/cpu", "storage", "retrain"),
+    "components/keys": ("overlays/cpu",),
+    "components/gpu": ("overlays/gpu",),
+    "overlays/gpu": ("overlays/gpu",),
+    "overlays/dev": ("overlays/dev",),
+    "storage": ("storage",),
+    "retrain": ("retrain",),
+    "retrain-weekly": ("retrain-weekly",),
 }
 
-Document = dict[str, Any]
+
+def slips(tmp_path: Path, *resources: str, components: tuple[str, ...] = ()) -> list[str]:
+    """Returns what kubectl or an API server has against a kustomization of ours."""
+    try:
+        return list(problems(everything(tmp_path, *resources, components=components)))
+    except ValueError as error:
+        return [str(error)]
 
 
-def texts() -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(BASE.glob("*.yaml"))}
+def test_every_kustomization_is_rendered_by_these_tests() -> None:
+    found = {path.parent.relative_to(K8S).as_posix() for path in K8S.rglob("kustomization.yaml")}
+    parts = {name for name in found if name.startswith("components/")} | {"base", "images"}
+    assert found == {*KUSTOMIZATIONS, *parts}
 
 
-def problems(sources: dict[str, str]) -> list[str]:
-    """Returns what is wrong with a folder of manifests, given as text by file name."""
+@pytest.mark.parametrize("name", KUSTOMIZATIONS)
+def test_every_object_is_valid(name: str) -> None:
+    assert rendered(name)
+    assert list(problems(rendered(name))) == []
+
+
+def test_the_kinds_that_are_asked_for_are_there() -> None:
+    kinds = {document["kind"] for name in KUSTOMIZATIONS for document in rendered(name)}
+    wanted = "RayService RayJob RayCronJob PersistentVolumeClaim NetworkPolicy PodMonitor Namespace"
+    assert kinds >= {*wanted.split(), "PrometheusRule", "PodDisruptionBudget", "Deployment"}
+
+
+def test_models_may_lie_in_a_bucket(tmp_path: Path) -> None:
+    documents = everything(
+        tmp_path, "overlays/gpu", "storage", "retrain", components=("components/s3",)
+    )
+    assert list(problems(documents)) == []
+    containers = [one for pod in pods(documents) for one in all_containers(pod)]
+    addresses = {
+        entry["value"]
+        for one in containers
+        for entry in one.get("env", ())
+        if entry["name"] == "CUTLINE_REGISTRY"
+    }
+    assert addresses == {"s3://cutline-models/registry"}
+    assert "cutline-registry" not in json.dumps(documents)
+    for pod in pods(documents):
+        volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+        mounts = {mount["name"] for one in all_containers(pod) for mount in one["volumeMounts"]}
+        assert mounts == volumes
+    # Who reads or writes the bucket has its key; the head, which does neither, has not.
+    with_key = [one["name"] for one in containers if "cutline-s3" in json.dumps(one)]
+    assert len(with_key) == 5, with_key
+
+
+def test_keys_may_be_asked_for(tmp_path: Path) -> None:
+    documents = everything(tmp_path, "overlays/cpu", components=("components/keys",))
+    assert list(problems(documents)) == []
+    [service] = of_kind("RayService", documents)
+    head, worker = pods([service])
+    for container in (head["spec"]["containers"][0], worker["spec"]["containers"][0]):
+        variables = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert variables["CUTLINE_KEYS_FILE"] == "/etc/cutline/keys.json"
+    [mount] = [
+        mount
+        for mount in worker["spec"]["containers"][0]["volumeMounts"]
+        if mount["mountPath"] == "/etc/cutline"
+    ]
+    [volume] = [one for one in worker["spec"]["volumes"] if one["name"] == mount["name"]]
+    assert volume["secret"]["optional"] is False, "without keys no worker, rather than an open one"
+
+
+def planted() -> list[tuple[str, int, tuple[Any, ...]]]:
+    """Returns every key of every object, and where it stands."""
+    seen = set()
     found = []
-    for name, source in sources.items():
-        document = yaml.safe_load(source)
-        found += [f"{name}: {problem}" for problem in document_problems(document)]
-        if name == "kustomization.yaml" and set(document.get("resources", ())) != set(sources) - {
-            name
-        }:
-            found.append(f"{name}: resources are not the files of the folder")
+    for name in KUSTOMIZATIONS:
+        for place, document in enumerate(rendered(name)):
+            for path in key_paths(document):
+                mark = (document["kind"], document["metadata"]["name"], path)
+                if mark not in seen and "jobTemplate" not in path[:-1]:  # RayJob's own
+                    seen.add(mark)
+                    found.append((name, place, path))
     return found
 
 
-def document_problems(document: Document) -> Iterator[str]:
-    if document["kind"] == "Kustomization":
-        yield from sorted(document.keys() - KUSTOMIZATION_FIELDS)
-    elif document["kind"] == "RayService":
-        for error in ray_service_schema().iter_errors(document):
-            yield f"{'.'.join(map(str, error.absolute_path))}: {error.message}"
-        # A CRD leaves the metadata open; that of any built-in kind is the same.
-        yield from core_problems(
-            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": document["metadata"]}
+def not_found(slips: list[tuple[str, int, tuple[Any, ...]]]) -> list[str]:
+    missed = []
+    for name, place, path in slips:
+        right = rendered(name)
+        wrong = misspelt(right[place], path)
+        if next(problems([wrong, *right[:place], *right[place + 1 :]]), None) is None:
+            missed.append(f"{name} {right[place]['kind']}: {'.'.join(map(str, path))}")
+    return missed
+
+
+def test_a_misspelt_key_is_found() -> None:
+    """One key of each name and each place; list items with the same keys are as one."""
+    first: dict[Any, tuple[str, int, tuple[Any, ...]]] = {}
+    for name, place, path in planted():
+        kind = rendered(name)[place]["kind"]
+        first.setdefault(
+            (kind, *(part for part in path if isinstance(part, str))), (name, place, path)
         )
-        for pod in pods(document):
-            yield from core_problems(pod)
-        yield from serve_problems(document["spec"].get("serveConfigV2", ""))
-    else:
-        yield from core_problems(document)
+    assert len(first) > 300
+    assert not_found(list(first.values())) == []
 
 
-def core_problems(document: Document) -> Iterator[str]:
-    try:
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
-    except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
-        yield f"{document['kind']}: {error.message}"
+@pytest.mark.slow
+def test_any_misspelt_key_is_found() -> None:
+    assert not_found(planted()) == []
 
 
-def pods(ray_service: Document) -> list[Document]:
-    """Returns the pod templates of a RayService as Pods, which validators know."""
-    cluster = ray_service["spec"].get("rayClusterConfig", {})
-    groups = [cluster.get("headGroupSpec", {}), *cluster.get("workerGroupSpecs", [])]
-    templates = [group["template"] for group in groups if "template" in group]
-    return [{"apiVersion": "v1", "kind": "Pod", **template} for template in templates]
+def sources() -> list[Any]:
+    """Returns every file; those of whole objects, whose every key is tried above, as slow."""
+    found = []
+    for path in sorted(K8S.rglob("*.yaml")):
+        name = path.relative_to(K8S).as_posix()
+        whole = path.name != "kustomization.yaml" and name.startswith(
+            ("base/", "storage/", "retrain")
+        )
+        found.append(pytest.param(name, marks=pytest.mark.slow if whole else ()))
+    return found
 
 
-@cache
-def ray_service_schema() -> jsonschema.Draft202012Validator:
-    schema = json.loads(gzip.decompress((HERE / "k8s_schemas" / "rayservice.json.gz").read_bytes()))
-    return jsonschema.Draft202012Validator(strict(schema))
+@pytest.mark.parametrize("file", sources())
+def test_a_slip_in_any_file_is_found(file: str, tmp_path: Path) -> None:
+    """The last key of a file, patches and kustomizations among them, through kubectl."""
+    shutil.copytree(K8S, tmp_path / "k8s")
+    path = tmp_path / "k8s" / file
+    text = path.read_text()
+    [*_, last] = re.finditer(r"^( *(?:- )*)([a-zA-Z]+):(?= |$)", text, re.MULTILINE)
+    path.write_text(f"{text[: last.start(2)]}{last[2]}{last[2][-1]}{text[last.end(2) :]}")
 
-
-def strict(schema: Any) -> Any:
-    """Returns a CRD's schema as JSON Schema under which unknown fields are errors."""
-    if not isinstance(schema, dict):
-        return schema
-    converted = dict(schema)
-    if schema.get("x-kubernetes-int-or-string"):
-        converted["type"] = ["integer", "string"]
-    for key in ("items", "additionalProperties"):
-        if key in schema:
-            converted[key] = strict(schema[key])
-    if "properties" in schema:
-        converted["properties"] = {
-            name: strict(inner) for name, inner in schema["properties"].items()
-        }
-        if not schema.get("x-kubernetes-preserve-unknown-fields"):
-            converted.setdefault("additionalProperties", False)
-    return converted
-
-
-def serve_problems(text: str) -> Iterator[str]:
-    """Yields what is wrong with a serveConfigV2; Serve itself ignores keys it does not know."""
-    from ray.serve.schema import ServeDeploySchema
-
-    config = yaml.safe_load(text) or {}
-    try:
-        ServeDeploySchema.model_validate(config)
-    except ValidationError as error:
-        yield str(error)
-    yield from unknown_keys(config, ServeDeploySchema, "serveConfigV2")
-    for application in config.get("applications", []):
-        try:
-            Settings(**application.get("args", {}))
-        except ValidationError as error:
-            yield f"args: {error}"
-        for deployment in application.get("deployments", []):
-            for key in deployment.get("user_config", {}).keys() - {"model"}:
-                yield f"user_config: {key}"
-
-
-def unknown_keys(value: Any, model: type[BaseModel], where: str) -> Iterator[str]:
-    for key, inner in value.items():
-        if key not in model.model_fields:
-            yield f"{where}: unknown key {key}"
-            continue
-        nested = [
-            part
-            for part in parts(model.model_fields[key].annotation)
-            if isinstance(part, type) and issubclass(part, BaseModel)
-        ]
-        for item in inner if isinstance(inner, list) else [inner]:
-            if nested and isinstance(item, dict):
-                yield from unknown_keys(item, nested[0], f"{where}.{key}")
-
-
-def parts(annotation: Any) -> Iterator[Any]:
-    """Yields an annotation and what stands inside its brackets: of `list[X] | None` also X."""
-    yield annotation
-    for inner in get_args(annotation):
-        yield from parts(inner)
-
-
-def ray_service() -> Document:
-    document: Document = yaml.safe_load((BASE / "rayservice.yaml").read_text())
-    return document
-
-
-def test_the_manifests_are_valid() -> None:
-    assert problems(texts()) == []
+    folder = next((name for name in APPLIED_WITH if file.startswith(f"{name}/")), "")
+    resources = APPLIED_WITH.get(folder, ("overlays/cpu",))
+    components = (folder,) if folder in ADDED_BY_HAND else ()
+    assert slips(tmp_path, *resources, components=components), f"{last[2]} in {file}"
 
 
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [
-        ("kustomization.yaml", "resources:", "resource:"),
-        ("kustomization.yaml", "  - networkpolicy.yaml\n", ""),
-        ("networkpolicy.yaml", "policyTypes:", "policyType:"),
-        ("networkpolicy.yaml", "port: 8000", "port: true"),
-        ("poddisruptionbudget.yaml", "minAvailable:", "minAvailible:"),
-        ("rayservice.yaml", "labels:", "lables:"),
-        ("rayservice.yaml", "serveConfigV2:", "serveConfigV3:"),
-        ("rayservice.yaml", "rayVersion:", "rayVerzion:"),
-        ("rayservice.yaml", "mode: token", "mode: tokens"),
-        ("rayservice.yaml", "groupName: cpu", "groupname: cpu"),
-        ("rayservice.yaml", "readinessProbe:", "readynessProbe:"),
-        ("rayservice.yaml", "runAsNonRoot: true", "runAsNonRoot: 'yes'"),
-        ("rayservice.yaml", "path: /api/healthz", "paths: /api/healthz"),
-        ("rayservice.yaml", "cpu: 500m", "cpus: [500m]"),
-        ("rayservice.yaml", "proxy_location: EveryNode", "proxy_location: EveryPod"),
-        ("rayservice.yaml", "      host: 0.0.0.0", "      hosts: 0.0.0.0"),
-        ("rayservice.yaml", "route_prefix: /", "route_prefixes: /"),
-        ("rayservice.yaml", "num_replicas: 2", "num_replica: 2"),
-        ("rayservice.yaml", "num_replicas: 2", "num_replicas: 0"),
-        ("rayservice.yaml", "threads: 2", "treads: 2"),
-        ("rayservice.yaml", "provider: cpu", "provider: tpu"),
-        ("rayservice.yaml", "model: cutline-base", "modell: cutline-base"),
+        ("base/kustomization.yaml", "- networkpolicy.yaml", "- networkpolicies.yaml"),
+        ("base/networkpolicy.yaml", "port: 8000", "port: true"),
+        ("base/rayservice.yaml", "mode: token", "mode: tokens"),
+        ("base/rayservice.yaml", "version: v2", "version: v3"),
+        ("base/rayservice.yaml", "runAsNonRoot: true", "runAsNonRoot: 'yes'"),
+        ("base/rayservice.yaml", "memory: 2Gi", "memory: [2Gi]"),
+        ("base/rayservice.yaml", "dashboard-host:", "dashboard-hosts:"),
+        ("base/rayservice.yaml", "proxy_location: EveryNode", "proxy_location: EveryPod"),
+        ("base/rayservice.yaml", "min_replicas: 2", "min_replicas: -2"),
+        ("base/rayservice.yaml", "threads: 2", "threads: two"),
+        ("base/rayservice.yaml", "provider: cpu", "provider: tpu"),
     ],
 )
-def test_a_slip_is_found(file: str, right: str, wrong: str) -> None:
-    sources = texts()
-    assert right in sources[file]
-    sources[file] = sources[file].replace(right, wrong, 1)
-
-    assert [problem for problem in problems(sources) if problem.startswith(file)]
-
-
-def test_the_pods_keep_to_the_restricted_standard() -> None:
-    for pod in pods(ray_service()):
-        spec = pod["spec"]
-        assert spec["securityContext"]["runAsNonRoot"]
-        assert spec["securityContext"]["runAsUser"] == 10001
-        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        assert not spec.keys() & {"hostNetwork", "hostPID", "hostIPC"}
-        assert not spec["automountServiceAccountToken"]
-        assert all(set(volume) <= {"name", "emptyDir"} for volume in spec["volumes"])
-        for container in spec["containers"]:
-            assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "capabilities": {"drop": ["ALL"]},
-            }
-            assert container["readinessProbe"]
-            assert container["livenessProbe"]
-            assert container["resources"]["limits"].keys() == {"cpu", "memory"}
-            assert not any("hostPort" in port for port in container["ports"])
-
-
-def test_versions_are_those_of_the_project() -> None:
-    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
-    kustomization = yaml.safe_load((BASE / "kustomization.yaml").read_text())
-    ray_version = ray_service()["spec"]["rayClusterConfig"]["rayVersion"]
-    (image,) = {container["image"] for pod in pods(ray_service()) for container in containers(pod)}
-
-    assert kustomization["images"] == [{"name": image, "newTag": project["version"]}]
-    assert f"ray[serve]=={ray_version}" in project["optional-dependencies"]["server"]
-
-
-def containers(pod: Document) -> list[Document]:
-    return list(pod["spec"]["containers"])
-
-
-def test_serve_is_set_up_as_on_one_machine() -> None:
-    config = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])
-    (application,) = config["applications"]
-    settings = Settings(**application["args"])
-    expected = environment(settings, Path("/tmp"), Path("/tmp/haproxy")) | POD
-    assert expected.keys() >= LEFT_OUT
-
-    for pod in pods(ray_service()):
-        (container,) = containers(pod)
-        variables = {entry["name"]: entry["value"] for entry in container["env"]}
-        assert variables.pop("HOME") == "/tmp"
-        assert variables == {name: expected[name] for name in expected.keys() - LEFT_OUT}
-
-    script = Path(POD["RAY_SERVE_HAPROXY_BINARY_PATH"])
-    dockerfile = (HERE.parent / "Dockerfile").read_text()
-    assert f"write_pod_script(Path('{script.parent}')" in dockerfile.partition("\nUSER ")[0]
-
-    worker = pods(ray_service())[1]["spec"]
-    (container,) = worker["containers"]
-    sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
-    assert sleep > settings.deadline_s
-    assert worker["terminationGracePeriodSeconds"] > sleep + settings.deadline_s
-    assert settings.threads == int(container["resources"]["limits"]["cpu"])
-
-
-def test_the_deployment_exists_under_its_name() -> None:
-    from ray.serve import Application
-
-    from serving.deployment import build
-
-    config = yaml.safe_load(ray_service()["spec"]["serveConfigV2"])
-    (application,) = config["applications"]
-    assert application["import_path"] == f"{build.__module__}:{build.__name__}"
-
-    app = build(Settings(**application["args"]))
-
-    assert isinstance(app, Application)
-    assert [entry["name"] for entry in application["deployments"]] == [app._bound_deployment.name]
+def test_a_wrong_value_is_found(file: str, right: str, wrong: str, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    path = tmp_path / "k8s" / file
+    assert right in path.read_text()
+    path.write_text(path.read_text().replace(right, wrong, 1))
+    assert slips(tmp_path, "overlays/cpu")
