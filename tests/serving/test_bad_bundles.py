@@ -97,7 +97,7 @@ class Faults:
     def truncated_graph(self, version):
         whole = Bundle.open(self.bundles.two).read("decoder.onnx")
         self._publish_changed(version, files={"decoder.onnx": whole[: len(whole) // 2]})
-        return "onnx", "the graphs do not load"
+        return "onnx", "the decoder is no ONNX file: it is cut off"
 
     def wrong_graph(self, version):
         encoder = Bundle.open(self.bundles.two).read("encoder.onnx")

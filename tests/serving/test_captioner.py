@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 from tiny_bundle import TEXT
 
@@ -176,8 +177,11 @@ def test_a_step_that_fails_costs_one_image_its_captions(
 def test_what_onnx_runtime_says_stands_in_the_log_alone(
     bundle_with, tiny_bundles, caplog, monkeypatch
 ):
+    node = onnx.helper.make_node("NoSuchOperator", [], ["found"])
+    found = onnx.helper.make_tensor_value_info("found", onnx.TensorProto.FLOAT, [1])
+    unknown = onnx.helper.make_model(onnx.helper.make_graph([node], "unknown", [], [found]))
     with pytest.raises(BundleRejected, match=r"do not load; the server's log says why$"):
-        Captioner.load(bundle_with(decoder=b"no graph"), threads=1)
+        Captioner.load(bundle_with(decoder=unknown.SerializeToString()), threads=1)
     assert "onnxruntime" in caplog.text
 
     def fail(*_):
