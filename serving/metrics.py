@@ -25,10 +25,10 @@ from exports.errors import Cause
 from serving.machine import memory_limit
 from serving.shadow_metrics import ShadowMetrics
 
-MAX_SERIES = 170
-MAX_BYTES = 20_000
+MAX_SERIES = 140
+MAX_BYTES = 14_000
 LABELS = frozenset(
-    {"replica", "route", "code", "outcome", "fault", "reason", "model", "version", "le"}
+    {"replica", "route", "code", "outcome", "fault", "reason", "verdict", "model", "version", "le"}
 )
 FAULTS = ("repetition", "bad_ending", "empty")
 _MAX_PAIRS = 24

@@ -25,6 +25,9 @@ from serving.settings import Settings
 
 KUBERNETES = "1.34.0"
 
+DASHBOARD = "grafana_dashboard"
+"""The label by which Grafana's sidecar finds a ConfigMap; its files' names end in .json."""
+
 LABELS = {
     "app.kubernetes.io/name",
     "app.kubernetes.io/component",
@@ -32,6 +35,7 @@ LABELS = {
     "pod-security.kubernetes.io/enforce",
     "pod-security.kubernetes.io/audit",
     "pod-security.kubernetes.io/warn",
+    DASHBOARD,
 }
 RESOURCES = {"cpu", "memory", "storage", "nvidia.com/gpu"}
 # Of alerts.
@@ -44,7 +48,12 @@ def problems(documents: list[Document]) -> Iterator[str]:
     for document in documents:
         yield from (f"{document.get('kind')}: {words}" for words in document_problems(document))
         for name in document.get("data", {}) if document.get("kind") == "ConfigMap" else ():
-            if not any(name in json.dumps(other) for other in documents if other != document):
+            if document["metadata"].get("labels", {}).get(DASHBOARD) == "1":
+                used = name.endswith(".json")
+            else:
+                others = (other for other in documents if other != document)
+                used = any(name in json.dumps(other) for other in others)
+            if not used:
                 yield f"ConfigMap: nothing uses {name}"
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 ADDED_BY_HAND = ("components/s3", "components/keys")
 # What a file is tried with; all others with an overlay.
 APPLIED_WITH = {
-    "components/s3": ("overlays/cpu", "storage", "retrain"),
+    "components/s3": ("overlays/cpu",),
     "components/keys": ("overlays/cpu",),
     "components/gpu": ("overlays/gpu",),
     "overlays/gpu": ("overlays/gpu",),
@@ -46,8 +46,8 @@ def slips(tmp_path: Path, *resources: str, components: tuple[str, ...] = ()) -> 
 
 def test_every_kustomization_is_rendered_by_these_tests() -> None:
     found = {path.parent.relative_to(K8S).as_posix() for path in K8S.rglob("kustomization.yaml")}
-    parts = {name for name in found if name.startswith("components/")} | {"base", "images"}
-    assert found == {*KUSTOMIZATIONS, *parts}
+    parts = {name for name in found if name.startswith("components/")}
+    assert found == {*KUSTOMIZATIONS, *parts, "base", "images", "monitoring"}
 
 
 @pytest.mark.parametrize("name", KUSTOMIZATIONS)
@@ -62,27 +62,35 @@ def test_the_kinds_that_are_asked_for_are_there() -> None:
     assert kinds >= {*wanted.split(), "PrometheusRule", "PodDisruptionBudget", "Deployment"}
 
 
-def test_models_may_lie_in_a_bucket(tmp_path: Path) -> None:
-    documents = everything(
-        tmp_path, "overlays/gpu", "storage", "retrain", components=("components/s3",)
-    )
+@pytest.mark.parametrize(
+    "added",
+    [
+        ("components/s3",),
+        ("components/s3", "components/keys"),
+        ("components/keys", "components/s3"),
+    ],
+)
+def test_servers_may_follow_a_bucket(added: tuple[str, ...], tmp_path: Path) -> None:
+    """With keys too, in either order."""
+    documents = everything(tmp_path, "overlays/gpu", components=added)
     assert list(problems(documents)) == []
     containers = [one for pod in pods(documents) for one in all_containers(pod)]
-    addresses = {
-        entry["value"]
+    variables = [
+        {entry["name"]: entry["value"] for entry in one["env"]}
         for one in containers
-        for entry in one.get("env", ())
-        if entry["name"] == "CUTLINE_REGISTRY"
-    }
-    assert addresses == {"s3://cutline-models/registry"}
+        if one["name"] != "autoscaler"
+    ]
+    assert len(variables) == 3
+    assert {one["CUTLINE_REGISTRY"] for one in variables} == {"s3://cutline-models/registry"}
+    assert [one.get("CUTLINE_POLL_S") for one in variables] == ["15", None, "15"]
     assert "cutline-registry" not in json.dumps(documents)
     for pod in pods(documents):
         volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
         mounts = {mount["name"] for one in all_containers(pod) for mount in one["volumeMounts"]}
         assert mounts == volumes
-    # Who reads or writes the bucket has its key; the head, which does neither, has not.
+    # Who reads the bucket has its key; the head, which only builds the application, has not.
     with_key = [one["name"] for one in containers if "cutline-s3" in json.dumps(one)]
-    assert len(with_key) == 5, with_key
+    assert with_key == ["first-model", "ray-worker"]
 
 
 def test_keys_may_be_asked_for(tmp_path: Path) -> None:
@@ -149,7 +157,7 @@ def sources() -> list[Any]:
     for path in sorted(K8S.rglob("*.yaml")):
         name = path.relative_to(K8S).as_posix()
         whole = path.name != "kustomization.yaml" and name.startswith(
-            ("base/", "storage/", "retrain")
+            ("base/", "monitoring/", "storage/", "retrain")
         )
         found.append(pytest.param(name, marks=pytest.mark.slow if whole else ()))
     return found
@@ -184,6 +192,9 @@ def test_a_slip_in_any_file_is_found(file: str, tmp_path: Path) -> None:
         ("base/rayservice.yaml", "min_replicas: 2", "min_replicas: -2"),
         ("base/rayservice.yaml", "threads: 2", "threads: two"),
         ("base/rayservice.yaml", "provider: cpu", "provider: tpu"),
+        ("base/rayservice.yaml", "metrics_port: 9464", "metrics_port: 94640"),
+        ("monitoring/kustomization.yaml", "- dashboard.json", "- dashboards.json"),
+        ("monitoring/kustomization.yaml", 'dashboard: "1"', 'dashboard: "true"'),
     ],
 )
 def test_a_wrong_value_is_found(file: str, right: str, wrong: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from k8s_manifests import (
     ROOT,
     Document,
     all_containers,
+    application,
     clusters,
     everything,
     groups,
@@ -23,9 +24,11 @@ from k8s_manifests import (
 )
 from k8s_network import ports_of, reached
 
+from serving.settings import Settings
+
 SERVICE_PORT = 8000
-# Ray's GCS, dashboard and client, its agents, and HAProxy's status pages.
-CLOSED_PORTS = (6379, 8265, 10001, 52365, 8080, 9101, 8404)
+# Ray's GCS, dashboard and client, its agents, HAProxy's status pages, the replica behind HAProxy.
+CLOSED_PORTS = (6379, 8265, 10001, 52365, 8080, 9101, 8404, 30000)
 STRANGERS: dict[str, Document] = {
     "nobody": {},
     "a neighbour": {"namespace": "cutline", "labels": {"app.kubernetes.io/name": "other"}},
@@ -159,12 +162,14 @@ def test_those_who_must_get_in_do(overlay: str) -> None:
     assert all(reached(policies, pod["head"], peer, port) for port in (6379, 8265, 40000))
     assert all(reached(policies, pod["head"], operator, port) for port in (8265, 8000))
     assert not any(reached(policies, pod["head"], operator, port) for port in (6379, 10001))
-    scraped = metrics_port(overlay)
-    assert reached(policies, pod["worker"], prometheus, scraped)
-    assert not reached(policies, pod["worker"], prometheus, 8265)
+    settings = Settings(**application(overlay)["args"])
+    assert settings.metrics_host == "0.0.0.0"
+    assert settings.metrics_port == scraped_port(overlay)
+    assert reached(policies, pod["worker"], prometheus, settings.metrics_port)
+    assert not any(reached(policies, pod["worker"], prometheus, port) for port in CLOSED_PORTS)
 
 
-def metrics_port(overlay: str) -> int:
+def scraped_port(overlay: str) -> int:
     """Returns the number of the port that the PodMonitor names."""
     [monitor] = of_kind("PodMonitor", rendered("overlays/cpu"))
     [endpoint] = monitor["spec"]["podMetricsEndpoints"]

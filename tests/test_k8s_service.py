@@ -1,13 +1,14 @@
 """The manifests are true to the server, the trainer and each other; their scripts run."""
 
 import os
-import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from k8s_manifests import (
     K8S,
     KUSTOMIZATIONS,
@@ -24,8 +25,10 @@ from k8s_manifests import (
 )
 
 from exports.registry import DEFAULT_REGISTRY, Registry
+from exports.remote import default_cache
 from serving.haproxy import POD, environment
 from serving.metrics import Metrics
+from serving.node_pages import NodePages, node_folder
 from serving.settings import Settings
 
 # Ray, imported by some of the tests, still uses what pydantic has deprecated.
@@ -158,16 +161,51 @@ def test_ray_s_version_is_the_image_s() -> None:
                 assert pin in project["optional-dependencies"]["server"]
 
 
-def test_alerts_ask_for_metrics_that_are_exported() -> None:
-    page = Metrics().page().decode()
-    exported = set(re.findall(r"^# TYPE (\S+)", page, re.MULTILINE))
-    exported |= {f"{name}{end}" for name in exported for end in ("_bucket", "_sum", "_count")}
-    [rule] = of_kind("PrometheusRule", rendered("overlays/cpu"))
-    rules = [one for group in rule["spec"]["groups"] for one in group["rules"]]
-    assert rules
-    for one in rules:
-        asked = set(re.findall(r"\bcutline_\w+", one["expr"]))
-        assert asked and asked <= exported, one["alert"]
+@pytest.mark.parametrize("overlay", ["overlays/cpu", "overlays/gpu"])
+def test_what_is_watched_is_what_the_tests_of_monitoring_read(overlay: str) -> None:
+    [rule] = of_kind("PrometheusRule", rendered(overlay))
+    alerts = yaml.safe_load((K8S / "monitoring/alerts.yaml").read_text())
+    assert rule["spec"] == alerts["spec"]
+    [shown] = of_kind("ConfigMap", rendered(overlay))
+    assert shown["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert shown["data"] == {"dashboard.json": (K8S / "monitoring/dashboard.json").read_text()}
+    [missing] = [
+        one["expr"]
+        for group in rule["spec"]["groups"]
+        for one in group["rules"]
+        if one["alert"] == "CutlineReplicaMissing"
+    ]
+    [workers] = ray_service(overlay)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert missing == f"count(cutline_ready) < {workers['minReplicas']}"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_a_server_writes_by_itself_has_a_place(
+    overlay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root file system is read-only: replicas meet in /tmp, and what is fetched goes there."""
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    settings = Settings(**application(overlay)["args"])
+    assert settings.metrics_dir is None and settings.cache is None
+    assert {node_folder().parent, default_cache().parent} == {Path("/tmp")}
+    _, worker = pods([ray_service(overlay)])
+    [container] = worker["spec"]["containers"]
+    assert not {"TMPDIR", "TEMP", "TMP"} & {entry["name"] for entry in container["env"]}
+    [mount] = [one for one in container["volumeMounts"] if one["mountPath"] == "/tmp"]
+    assert not mount.get("readOnly")
+    [volume] = [one for one in worker["spec"]["volumes"] if one["name"] == mount["name"]]
+    assert set(volume) == {"name", "emptyDir"}
+    # A kubelet makes it of fsGroup's group, and every folder in it inherits that.
+    made = tmp_path / "tmp"
+    made.mkdir()
+    made.chmod(0o2777)
+    pages = NodePages(Metrics().page, made / "metrics")
+    pages.start()
+    try:
+        assert (made / "metrics/0.lock").exists()
+        assert b'replica="0"' in pages.page()
+    finally:
+        pages.close()
 
 
 def test_weekly_runs_what_a_run_by_hand_runs() -> None:
@@ -213,8 +251,25 @@ def test_an_empty_registry_gets_the_first_model_as_production(tmp_path: Path) ->
     assert Registry(tmp_path).versions("cutline-base") == ["1", "2"]
     assert Registry(tmp_path).resolve("cutline-base").version == "1"
 
-    wait = script_of(rendered("overlays/cpu"), "RayService", "first-model")
-    run_shell(wait, tmp_path, variables)
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_worker_waits_for_the_first_model(scheme: str, tmp_path: Path) -> None:
+    """In a folder and at a URL."""
+    script = script_of(rendered("overlays/cpu"), "RayService", "first-model")
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUTLINE_REGISTRY": f"{scheme}{tmp_path}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with waiting:
+        try:
+            assert waiting.stdout
+            assert "cutline-base" in waiting.stdout.readline()
+            Registry(tmp_path).publish(DEFAULT_REGISTRY / "cutline-base" / "1")
+            assert waiting.wait(60) == 0
+        finally:
+            waiting.kill()
 
 
 @pytest.mark.slow

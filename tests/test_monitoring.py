@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,15 @@ from promql import Selector, grouped_labels, selectors
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "serving"))  # where the servers of tests are
 
-from live import PNG, running  # noqa: E402
+from live import PNG, running, until  # noqa: E402
 from tiny_bundle import MEMORY, picture, write_tiny_bundle  # noqa: E402
 
 from exports.registry import Registry  # noqa: E402
+from exports.shadow_plan import ShadowPlan  # noqa: E402
 from serving import logs  # noqa: E402
 from serving.edge import _ROUTES  # noqa: E402
+from serving.keys import make_key  # noqa: E402
+from serving.metrics import MAX_BYTES, MAX_SERIES  # noqa: E402
 
 MONITORING = HERE.parent / "k8s" / "monitoring"
 GUIDE = (HERE.parent / "docs" / "observability.md").read_text("utf-8")
@@ -42,11 +46,27 @@ def families(tmp_path_factory):
     written = [
         write_tiny_bundle(root / "good", version="1", reference=MEMORY[0], matcher=True),
         write_tiny_bundle(root / "bad", version="2", broken_golden=True),
+        write_tiny_bundle(root / "candidate", version="3", seed=1),
     ]
-    for bundle, version in zip(written, ("1", "2"), strict=True):
-        registry.publish(bundle, version=version)
+    for bundle in written:
+        registry.publish(bundle)
     registry.promote("tiny", "1")
-    with running(registry.root, max_queue=1, reproof_s=0.1) as live:
+    registry.set_shadow("tiny", ShadowPlan(version="3", share=1.0, min_requests=1000))
+    keys = root / "keys.json"
+    key = make_key(keys, "ours", rate=1e6)
+    with running(
+        registry.root, max_queue=1, reproof_s=0.1, keys_file=keys, open_pages=("metrics",)
+    ) as live:
+        for wrong in ({}, {"X-API-Key": "guessed"}):
+            assert live.client.get("/v1/models", headers=wrong).status_code == 401
+        live.client.headers["X-API-Key"] = key
+        assert live.client.get("/v1/admin/x").status_code == 403
+        until(lambda: live.manager.shadow.version == "3")
+        seeds = count(100)
+        while not live.metrics()["cutline_shadow_seconds_count",]:
+            assert live.caption(picture(next(seeds))).status_code == 200
+        registry.stop_shadow("tiny")
+        until(lambda: live.manager.shadow.version is None)
         assert live.caption(picture(1), params={"rerank": "itm"}).status_code == 200
         assert live.client.post("/v1/captions", content=b"x", headers=PNG).status_code == 415
         for path in (*_ROUTES, "/nowhere"):
@@ -59,7 +79,16 @@ def families(tmp_path_factory):
             pass
         while not live.metrics()["cutline_proofs_total", "passed"]:
             pass
+        done = live.metrics()
         page = live.client.get("/metrics").text
+    for name, *labels in (
+        ("cutline_bundles_refused_total", "golden"),
+        ("cutline_refused_requests_total", "no_key"),
+        ("cutline_refused_requests_total", "wrong_key"),
+        ("cutline_refused_requests_total", "not_admin"),
+        ("cutline_shadow_live_seconds_count",),
+    ):
+        assert done[name, *labels] >= 1, (name, *labels)
     return list(text_string_to_metric_families(page))
 
 
@@ -92,8 +121,9 @@ def dashboard_queries():
     yield from (annotation["expr"] for annotation in shown["annotations"]["list"])
 
 
+REQUESTS = "cutline_requests_total"
 # Values that stand for a whole, so a query for another can only be a mistake. A code may be any.
-FINITE = {"le", "outcome", "fault", "route"}
+FINITE = {"le", "outcome", "fault", "route", "reason", "verdict"}
 
 
 def faults_of(query, exported):
@@ -225,6 +255,16 @@ def test_the_page_has_every_metric_as_it_is_exported(families):
     assert told == found
 
 
+def test_the_page_tells_how_large_a_page_gets():
+    assert f"at most {MAX_SERIES} series and {MAX_BYTES:,} bytes" in " ".join(GUIDE.split())
+
+
+def test_the_page_has_every_route():
+    [cell] = [meaning for name, _, _, meaning in table("Metrics") if name[1:-1] == REQUESTS]
+    told = cell.partition("`route` one of ")[2].replace(" and ", ", ").split(", ")
+    assert sorted(told) == sorted({*_ROUTES.values(), "infer", "other"})
+
+
 def test_the_page_has_every_field_of_a_request_s_line():
     told = {row[0].strip("`") for row in table("Logs")}
     assert told == {
@@ -297,7 +337,14 @@ RAISED = {
         20,
     ),
     "CutlineIdle": ([captions("7x90", code="200"), series("cutline_ready", "1x90")], 80),
-    "CutlineSwapRefused": ([series("cutline_swaps_total", "0 0 1x20", outcome="refused")], 5),
+    "CutlineWrongKeys": (
+        [series("cutline_refused_requests_total", "0+15x30", reason="wrong_key")],
+        20,
+    ),
+    "CutlineBundleRefused": (
+        [series("cutline_bundles_refused_total", "0 0 1x20", reason="golden")],
+        5,
+    ),
     "CutlineVersionsDiffer": (
         [
             series("cutline_model_info", "1x30", model="m", version="1"),
@@ -354,6 +401,10 @@ HEALTHY = [
     series("cutline_request_seconds_count", "0+100x130"),
     series("cutline_queue_depth", "100x130"),
     series("cutline_queue_limit", "256x130"),
+    series("cutline_refused_requests_total", "0+2x130", reason="wrong_key"),
+    series("cutline_refused_requests_total", "0+99x130", reason="no_key"),
+    series("cutline_refused_requests_total", "0+99x130", reason="rate"),
+    series("cutline_bundles_refused_total", "0x130", reason="golden"),
     series("cutline_swaps_total", "0x130", outcome="refused"),
     series("cutline_swaps_total", "0+1x130", outcome="loaded"),
     series("cutline_proofs_total", "0x130", outcome="failed"),

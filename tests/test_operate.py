@@ -1,4 +1,4 @@
-"""docs/operate.md keeps its word: its commands, folders, objects and alerts are there."""
+"""docs/operate.md keeps its word, and so does docs/observability.md of alerts on Kubernetes."""
 
 import re
 import shlex
@@ -15,7 +15,8 @@ from trainer import variants
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/operate.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+ALERTS = (ROOT / "docs/observability.md").read_text(encoding="utf-8").partition("## Alerts\n")[2]
+BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE + ALERTS, re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
@@ -54,9 +55,11 @@ def test_folders_exist() -> None:
     assert {name.removeprefix("k8s/") for name in applied} <= set(KUSTOMIZATIONS)
     for name in re.findall(r"\bk8s/[\w./-]+[\w]", PAGE):
         assert (ROOT / name).exists(), name
-    for target in re.findall(r"\]\(([^)#:]+)\)", PAGE):
-        if target != "security.md":
-            assert (ROOT / "docs" / target).exists(), target
+    for target, heading in re.findall(r"\]\(([^)#:]+)(?:#([^)]+))?\)", PAGE + ALERTS):
+        path = ROOT / "docs" / target
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.+)$", path.read_text("utf-8"), re.MULTILINE)
+        assert not heading or heading in {one.lower().replace(" ", "-") for one in headings}
     for photo in re.findall(r"image=@(\S+)", PAGE):
         assert (ROOT / photo).exists()
 
@@ -91,7 +94,9 @@ def test_every_alert_has_its_section_and_no_other_has() -> None:
         if document["kind"] == "PrometheusRule"
     ]
     alerts = {one["alert"] for group in rule["spec"]["groups"] for one in group["rules"]}
-    assert set(re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)) == alerts
+    assert sorted(re.findall(r"^### (Cutline\w+)$", ALERTS, re.MULTILINE)) == sorted(alerts)
+    assert "observability.md#alerts" in PAGE
+    assert not [alert for alert in alerts if alert in PAGE], "what to do is said in one place"
 
 
 def test_numbers_are_those_of_the_manifests() -> None:
