@@ -272,7 +272,7 @@ def test_a_worker_waits_for_the_first_model(scheme: str, tmp_path: Path) -> None
             waiting.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_retraining_publishes_and_promotes_nothing(tmp_path: Path) -> None:
     """The script of the job, on drawings, with a preset of minutes made shorter still."""
     script = (K8S / "retrain/retrain.sh").read_text()

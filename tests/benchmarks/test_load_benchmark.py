@@ -172,7 +172,7 @@ def test_a_few_swaps_under_load_harm_nobody(bundle: Path, images: Path) -> None:
     held(rows, "slow_bodies", "of them told 408", "health refused", "failed requests beside them")
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_overload_leavers_and_a_soak_in_short(bundle: Path, images: Path) -> None:
     rows = load(
         *(bundle, images, "overload", "leavers", "soak", "--factor", "3", "--requests", "600"),
@@ -185,7 +185,7 @@ def test_overload_leavers_and_a_soak_in_short(bundle: Path, images: Path) -> Non
     held(rows, "soak", "requests", "swaps", "failed requests", "mixed answers")
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.ray
 def test_swaps_under_ray_and_its_share_in_short(bundle: Path, images: Path) -> None:
     rows = load(

@@ -222,7 +222,7 @@ def test_the_whole_road_and_what_it_bought(drawings: Path, tmp_path: Path) -> No
     assert not test.keys() & {example.image for example in learnt}
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_killed_road_loses_no_label_and_ends_alike(drawings: Path, tmp_path: Path) -> None:
     short = ["pretrain.loop.epochs=1", "finetune.loop.epochs=4", "labels=24", "rounds=1"]
     short += ["pseudo=false", "scst.loop.epochs=1", "pretrain.loop.evaluate_every=1"]
