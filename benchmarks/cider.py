@@ -24,8 +24,8 @@ import environments
 import numpy as np
 from common import ROOT, UsageError, machine, main, table
 
+from exports.wording import ngrams, words
 from trainer.errors import DataError
-from trainer.metrics._words import ngrams, words
 from trainer.metrics.cider import ORDERS, CiderD, DocumentFrequencies, score
 from trainer.readers import read_rows
 
