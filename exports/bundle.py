@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from exports.disk import settle_folder, sync_folder, write_durably
 from exports.errors import BundleError
 from exports.manifest import MANIFEST_FILE, FileEntry, Manifest
 from exports.text import Tokenizer
@@ -112,35 +113,6 @@ def publish_stage(stage: Path, manifest: Manifest, target: Path) -> None:
             raise FileExistsError(errno.EEXIST, "exists already", str(target)) from error
         raise
     settle_folder(target.parent)
-
-
-def write_durably(path: Path, body: bytes) -> None:
-    """Writes a file and waits until the disk has it."""
-    with path.open("wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Waits until the disk has the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def settle_folder(path: Path) -> None:
-    """Waits until the disk has a rename in `path`, which everyone sees already.
-
-    There is no way back from it, so a disk that does not confirm it is worth a warning, no more:
-    after a power cut either the old name or the new one is there, and both are complete.
-    """
-    try:
-        sync_folder(path)
-    except OSError as error:
-        _log.warning("%s is changed, but the disk did not confirm it: %s", path, error.strerror)
 
 
 class Bundle:

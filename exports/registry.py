@@ -16,7 +16,8 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, RootModel, ValidationError
 
-from exports.bundle import Bundle, publish_stage, settle_folder, staged, sync_folder, write_durably
+from exports.bundle import Bundle, publish_stage, staged
+from exports.disk import replace_durably, settle_folder, sync_folder
 from exports.errors import BundleError, RegistryError
 from exports.manifest import (
     MANIFEST_FILE,
@@ -368,15 +369,8 @@ class Registry:
         self._replace(model, SHADOW_FILE, plan)
 
     def _replace(self, model: str, name: str, content: BaseModel) -> None:
-        folder = self._folder(model)
-        # One name for all writers: they hold the lock, and what a killed one left is overwritten.
-        temporary = folder / f".{name}.tmp"
-        try:
-            write_durably(temporary, content.model_dump_json(indent=2).encode() + b"\n")
-            temporary.replace(folder / name)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        folder = self._folder(model)  # whoever changes it holds the lock
+        replace_durably(folder / name, content.model_dump_json(indent=2).encode() + b"\n")
         settle_folder(folder)
 
 

@@ -27,11 +27,9 @@ from exports.bundle import (
     check_file,
     check_manifest_size,
     check_size,
-    settle_folder,
     staged,
-    sync_folder,
-    write_durably,
 )
+from exports.disk import settle_folder, sync_folder, write_durably
 from exports.errors import BundleError, RegistryError
 from exports.manifest import MANIFEST_FILE, VERSION_PATTERN, FileEntry, Manifest
 from exports.registry import (

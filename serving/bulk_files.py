@@ -9,14 +9,13 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from exports.bundle import sync_folder
+from exports.disk import append_durably, replace_durably, sync_folder
 from serving.errors import LogRefused
 
 _BEGINNING = b'{"image"'  # of every line
@@ -108,15 +107,7 @@ class Log:
             OSError: The disk refuses them; none is there then.
         """
         size = os.fstat(self._file).st_size
-        text = b"".join(self._as_bytes(line) for line in lines)
-        try:
-            while text:
-                text = text[os.write(self._file, text) :]
-            os.fsync(self._file)
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(self._file, size)
-            raise
+        append_durably(self._file, b"".join(self._as_bytes(line) for line in lines), size)
         for line in lines:
             self._sidecars[line.image].add(line.sidecar)
 
@@ -134,16 +125,7 @@ class Log:
             return True
         if found is not None and not overwrite and found not in self._sidecars[line.image]:
             return False
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(line.sidecar)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        replace_durably(path, line.sidecar.encode())
         return True
 
     def _as_bytes(self, line: Line) -> bytes:

@@ -58,9 +58,8 @@ class CaptionService:
                 else to serve, the replica waits for one instead.
         """
         log_to_stderr(settings.log_format)
-        if (
-            settings.metrics_dir is None
-        ):  # one of several, perhaps: they show their metrics together
+        if settings.metrics_dir is None:
+            # One of several, perhaps: they show their metrics together.
             settings = settings.model_copy(update={"metrics_dir": node_folder()})
         alone = _MARK in os.environ
         if alone:

@@ -67,7 +67,8 @@ class FairQueue(Generic[W]):
 
     def first(self) -> W:
         """Returns whose turn it is; somebody must wait."""
-        return self._in_turn()[0][1]
+        name = min(self._lines, key=lambda name: (self._given[name], self._lines[name][0][0]))
+        return self._lines[name][0][1]
 
     def take(self, wanted: Callable[[W], bool]) -> list[W]:
         """Takes those who are `wanted`, asked of each in turn; the others keep their place."""

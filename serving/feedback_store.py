@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from exports.bundle import sync_folder
+from exports.disk import append_durably, replace_durably, sync_folder
 from serving.errors import NotReady, StorageFull
 from serving.limits import Budget
 
@@ -121,9 +121,10 @@ class FeedbackStore:
                     "nothing was kept."
                 )
             if fresh:
-                _write_file(self._folder / IMAGES / name, image)
+                replace_durably(self._folder / IMAGES / name, image)
+                sync_folder(self._folder / IMAGES)
                 self._images[name] = fresh
-            _append(descriptor, line, end)
+            append_durably(descriptor, line, end)
             self._read_to = end + len(line)
             self._last[name] = now
             return now.revision
@@ -178,30 +179,3 @@ def _row(name: str, note: Note, now: _Last) -> dict[str, Any]:
 
 def _on_disk(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, and waits until the disk has it."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def _append(descriptor: int, line: bytes, end: int) -> None:
-    """Appends a line and waits until the disk has it; takes it back where that fails."""
-    try:
-        while line:
-            line = line[os.write(descriptor, line) :]
-        os.fsync(descriptor)
-    except OSError:
-        with suppress(OSError):
-            os.ftruncate(descriptor, end)
-        raise

@@ -10,7 +10,6 @@ import hmac
 import logging
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from exports.bundle import settle_folder
+from exports.disk import replace_durably, settle_folder
 from serving.errors import KeysRejected
 from serving.rate import TokenBucket
 
@@ -148,7 +147,9 @@ def make_key(
             if name in {key.name for key in known}:
                 raise KeysRejected(f"{path} has a key {name} already; take it out first.")
             key = Key(name=name, sha256=_digest(secret), rate=rate, burst=burst, admin=admin)
-            _replace(path, KeysFile(keys=(*known, key)))
+            content = KeysFile(keys=(*known, key)).model_dump_json(indent=2, exclude_defaults=True)
+            replace_durably(path, content.encode() + b"\n", mode=0o600)
+            settle_folder(path.parent)
     except ValidationError as error:
         raise KeysRejected(_first(error)) from error
     except OSError as error:
@@ -197,18 +198,3 @@ def _folder_locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _replace(path: Path, content: KeysFile) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=".keys-", dir=path.parent)  # for its owner alone
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    settle_folder(path.parent)

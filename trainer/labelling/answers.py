@@ -15,7 +15,7 @@ from unicodedata import category
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exports.bundle import sync_folder
+from exports.disk import sync_folder
 from trainer.errors import DataError
 from trainer.readers.row import decoded, parse_json, read_lines
 
