@@ -39,7 +39,9 @@ def take_one(queue):
 def drained(queue):
     found = []
     while len(queue):
+        foretold = queue.first()
         found.append(take_one(queue))
+        assert foretold is found[-1]
     return found
 
 
