@@ -175,9 +175,9 @@ def test_a_killed_alignment_goes_on_with_the_same_weights(
     assert not (tmp_path / "last.safetensors").exists()
     align.run(config(start, shapes), tmp_path)
     assert len(taken) == 1 + 3 * 4 + 6  # every step once, but for the killed one
-    assert (tmp_path / "last.safetensors").read_bytes() == (
-        aligned / "last.safetensors"
-    ).read_bytes()
+    resumed, whole = weights(tmp_path), weights(aligned)
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     again, once = report(tmp_path), report(aligned)
     assert again | {"command": ""} == once | {"command": ""}
 
