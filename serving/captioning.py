@@ -151,7 +151,8 @@ async def caption_all(
     async def one(place: int, body: bytes) -> list[Caption]:
         timeline = timelines[place - 1]
         try:
-            pixels = await decoded(server, captioner, body)
+            with server.engine.place(deadline):
+                pixels = await decoded(server, captioner, body)
             timeline.decoded = time.monotonic()
             return await server.engine.submit(captioner, pixels, params, deadline, timeline)
         except CaptionError as error:

@@ -7,21 +7,26 @@ done leaves at once, and an encoded one takes its rows. A lone image waits for n
 What is admitted is counted in rows, the beams that an image may come to. Their number follows one
 knob, the latency target: as long as images are captioned faster than that, more rows run together,
 which captions more images a second; when one takes longer, fewer.
+
+The queue takes no more images than are captioned before their deadline at the pace of the last
+ones, and an image is decoded only once it has its place there.
 """
 
 import asyncio
 import logging
-import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
+from serving.caller import caller
 from serving.captioner import Captioner
 from serving.decoding import Observer
 from serving.errors import DeadlineExceeded, NotReady, QueueFull
 from serving.fair_queue import FairQueue
+from serving.pace import Pace
 from serving.params import Caption, Params
 from serving.session import Pixels
 from serving.timeline import Timeline
@@ -29,9 +34,7 @@ from serving.waiter import Result, Waiter, deliver, told
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_RETRY_S = 60
 _ENCODED_TOGETHER = 8  # a larger batch saves little, and its first image waits for its last
-_FEWER = 0.9  # of the rows that run together, when an image took too long
 
 
 class EngineMetrics(Observer, Protocol):
@@ -65,16 +68,13 @@ class Engine:
 
         Args:
             max_rows: Beams that run together at most; an image that is wider runs alone.
-            max_queue: Images that may wait to be encoded; the next is refused, or the last of
-                the caller who has most here.
+            max_queue: Images that may wait to be decoded or encoded, at most; the next is refused,
+                or the last of the caller who has most here.
             latency_target_s: How long an image should take, its wait in the queue aside.
             metrics: Is told what happens.
         """
-        self._max_rows = max_rows
-        self._max_queue = max_queue
-        self._target_s = latency_target_s
+        self._pace = Pace(max_rows=max_rows, max_queue=max_queue, target_s=latency_target_s)
         self._metrics = metrics
-        self._limit = float(max_rows)  # rows that run together now
         self._queue: FairQueue[Waiter] = FairQueue()
         self._ready: deque[Waiter] = deque()  # encoded
         self._running: dict[Captioner, dict[int, Waiter]] = {}  # by slot; the stepper's own
@@ -82,8 +82,6 @@ class Engine:
         self._encoding = True  # false when the encoding thread has ended
         self._closed = False
         self._changed = threading.Condition()  # guards the above
-        self._image_s = 0.1  # running mean of the seconds between two images that are done
-        self._last_done = 0.0
         self._threads = [
             threading.Thread(target=self._run, args=(turn,), name=f"cutline-{name}", daemon=True)
             for name, turn in (("encoder", self._encode_turn), ("stepper", self._step_turn))
@@ -95,6 +93,25 @@ class Engine:
     def waiting(self) -> int:
         """Images that wait to be encoded."""
         return len(self._queue)
+
+    @contextmanager
+    def place(self, deadline: float | None = None) -> Iterator[None]:
+        """Keeps a place in the queue for an image that is being decoded; then submit it at once.
+
+        Raises:
+            QueueFull: There is none; `submit` says more.
+        """
+        name = caller().name
+        with self._changed:
+            full = self._queue.claimed >= self._pace.places(deadline)
+            if full and not self._queue.has_better_right(name):
+                raise self._full()
+            self._queue.announce(name)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._queue.arrived(name)
 
     async def submit(
         self,
@@ -116,7 +133,8 @@ class Engine:
             timeline: Is filled from when the encoder begins.
 
         Raises:
-            QueueFull: Too many wait already, or so many that another caller had a better right.
+            QueueFull: Too many wait already to be in time, or so many that another caller had a
+                better right.
             DeadlineExceeded: The captions were not there in time.
             CaptionFailed: The model gave none.
             NotReady: The engine is closed.
@@ -149,18 +167,20 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise NotReady("The server is closing: it takes no more images.")
-            if len(self._queue) >= self._max_queue:
-                wait = math.ceil(len(self._queue) * self._image_s)
-                refusal = QueueFull(
-                    f"{len(self._queue)} images wait already.",
-                    retry_after=min(max(wait, 1), _LONGEST_RETRY_S),
-                )
+            if len(self._queue) >= self._pace.places(waiter.deadline):
+                refusal = self._full()
                 loser = self._queue.make_room(waiter)
                 if loser is None:
                     raise refusal
                 deliver([(loser, refusal)])
             self._queue.append(waiter)
             self._changed.notify_all()
+
+    def _full(self) -> QueueFull:
+        waiting = self._queue.claimed
+        return QueueFull(
+            f"{waiting} images wait already.", retry_after=self._pace.retry_after(waiting)
+        )
 
     def _forget(self, waiter: Waiter) -> None:
         with self._changed:
@@ -201,7 +221,7 @@ class Engine:
         Encoded ahead is what will soon find room: as many rows as may run, at most.
         """
         with self._changed:
-            while not (self._queue and self._rows_ahead < max(self._limit, 1)):
+            while not (self._queue and self._rows_ahead < max(self._pace.rows, 1)):
                 if self._closed and not self._queue:
                     return []
                 self._changed.wait()
@@ -210,7 +230,7 @@ class Engine:
 
             def wanted(waiter: Waiter) -> bool:
                 nonlocal found, rows
-                fits = found == 0 or rows + waiter.rows <= self._limit
+                fits = found == 0 or rows + waiter.rows <= self._pace.rows
                 taken = waiter.captioner is captioner and found < _ENCODED_TOGETHER and fits
                 found, rows = found + taken, rows + taken * waiter.rows
                 return taken
@@ -281,7 +301,7 @@ class Engine:
         while self._ready:
             waiter = self._ready[0]
             slots = free.setdefault(waiter.captioner, waiter.captioner.free_slots)
-            if slots == 0 or (rows and rows + waiter.rows > self._limit):
+            if slots == 0 or (rows and rows + waiter.rows > self._pace.rows):
                 break
             joining.append(self._ready.popleft())
             free[waiter.captioner] -= 1
@@ -317,15 +337,8 @@ class Engine:
         self._running.setdefault(waiter.captioner, {})[slot] = waiter
 
     def _finished(self, done: Sequence[tuple[Waiter, Result]]) -> None:
-        now = time.monotonic()
-        spent = (now - max(self._last_done, done[0][0].begun)) / len(done)
-        self._image_s += 0.1 * (spent - self._image_s)
-        self._last_done = now
-        for waiter, _ in done:
-            if now - waiter.begun > self._target_s:
-                self._limit = max(self._limit * _FEWER, 1.0)
-            else:
-                self._limit = min(self._limit + 1, self._max_rows)
+        with self._changed:
+            self._pace.finished([waiter.begun for waiter, _ in done], time.monotonic())
         deliver(done)
         found = [got for _, got in done if isinstance(got, list)]
         self._metrics.add_tokens(sum(caption.tokens for got in found for caption in got))

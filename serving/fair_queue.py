@@ -7,10 +7,11 @@ images delays another's single one by a turn, not by a thousand. With one caller
 server knows none, it is a plain queue.
 
 Departures: 1. what counts is what was taken, not what was sent, so who cancels pays nothing;
-2. a full queue makes room for a newcomer at the cost of the longest line.
+2. a full queue makes room for a newcomer at the cost of the longest line; 3. who is announced has a
+place before it comes, so that nothing is prepared which a full queue would refuse.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -42,10 +43,26 @@ class FairQueue(Generic[W]):
         self._now = 0.0  # what the caller had been given who was served last
         self._numbers = count()
         self._size = 0
+        self._announced: Counter[str] = Counter()  # by caller
 
     def __len__(self) -> int:
         """Returns how many wait."""
         return self._size
+
+    @property
+    def claimed(self) -> int:
+        """Returns how many wait or are announced."""
+        return self._size + self._announced.total()
+
+    def announce(self, caller_name: str) -> None:
+        """Keeps a place for one that is yet to come."""
+        self._announced[caller_name] += 1
+
+    def arrived(self, caller_name: str) -> None:
+        """Gives up the place of one that was announced: it comes now, or never will."""
+        self._announced[caller_name] -= 1
+        if not self._announced[caller_name]:
+            del self._announced[caller_name]
 
     def append(self, one: W) -> None:
         """Puts one at the end of its caller's line."""
@@ -84,17 +101,20 @@ class FairQueue(Generic[W]):
         self._forget()
         return taken
 
+    def has_better_right(self, caller_name: str) -> bool:
+        """Returns whether a line and its announced are fewer than the longest line by over one."""
+        own = len(self._lines.get(caller_name, ())) + self._announced[caller_name]
+        return own + 1 < max(map(len, self._lines.values()), default=0)
+
     def make_room(self, newcomer: W) -> W | None:
-        """Takes out the last of the longest line, if the newcomer's is shorter by more than one.
+        """Takes out the last of the longest line, if the newcomer has a better right.
 
         Returns:
             Who has to go, or None: then the newcomer has no better right than anybody here.
         """
-        longest = max(self._lines.values(), key=len, default=None)
-        own = len(self._lines.get(newcomer.caller_name, ()))
-        if longest is None or own + 1 >= len(longest):
+        if not self.has_better_right(newcomer.caller_name):
             return None
-        entry = longest[-1]
+        entry = max(self._lines.values(), key=len)[-1]
         self._drop(entry)
         return entry[1]
 

@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -295,6 +296,63 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(make_engine):
         assert 1 <= refusal.value.retry_after <= 60
         captioner.gate.set()
         return await texts(tasks)
+
+    assert asyncio.run(scenario()) == ["0", "1", "2"]
+
+
+def test_who_is_let_in_is_captioned_before_the_deadline(make_engine):
+    captioner = GatedCaptioner(slots=1)
+    engine = make_engine(max_rows=1, max_queue=1000)
+
+    async def paced():
+        while True:
+            captioner.step_gate.clear()
+            await asyncio.sleep(0.03)
+            captioner.step_gate.set()
+            await asyncio.sleep(0.001)
+
+    async def one(number, deadline):
+        with engine.place(deadline):
+            pixels = image(number)
+        return await engine.submit(captioner, pixels, PARAMS, deadline)
+
+    async def scenario():
+        pacing = asyncio.create_task(paced())
+        captioner.gate.set()
+        for number in range(20):  # it finds out how long an image takes
+            await one(number, time.monotonic() + PATIENCE_S)
+        jobs = [one(number % 100, time.monotonic() + 1.0) for number in range(300)]
+        outcomes = await asyncio.gather(*jobs, return_exceptions=True)
+        pacing.cancel()
+        return outcomes
+
+    outcomes = asyncio.run(scenario())
+    kinds = Counter("captioned" if isinstance(one, list) else type(one) for one in outcomes)
+    assert set(kinds) == {"captioned", QueueFull}  # and nobody was too late
+    assert 5 <= kinds["captioned"] <= 200
+
+
+def test_an_image_that_is_being_decoded_has_its_place(make_engine):
+    engine, captioner = make_engine(max_rows=1, max_queue=2), GatedCaptioner()
+
+    async def scenario():
+        first = await busy(engine, captioner)
+        with calling(Caller("many")), engine.place(), engine.place():
+            with pytest.raises(QueueFull), engine.place():
+                pass
+            with calling(Caller("one")), pytest.raises(QueueFull), engine.place():
+                pass  # nobody waits yet who could make room
+        with calling(Caller("many")):
+            waiting = submit_all(engine, captioner, [1, 2])
+            await until(lambda: engine.waiting == 2)
+            with pytest.raises(QueueFull), engine.place():
+                pass
+        with calling(Caller("one")), engine.place():
+            pass  # the last of the many would go
+        captioner.gate.set()
+        with engine.place():
+            pass
+        return await texts([first, *waiting])
 
     assert asyncio.run(scenario()) == ["0", "1", "2"]
 

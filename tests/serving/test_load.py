@@ -38,12 +38,13 @@ class SlowDecoding:
 
     def __init__(self):
         self.go_on = threading.Event()
-        self.now = self.most = 0
+        self.now = self.most = self.count = 0
         self._lock = threading.Lock()
 
     def __call__(self, *arguments):
         with self._lock:
             self.now += 1
+            self.count += 1
             self.most = max(self.most, self.now)
         assert self.go_on.wait(PATIENCE_S)
         with self._lock:
@@ -86,8 +87,8 @@ def test_a_client_that_leaves_frees_no_thread_that_still_decodes(root, photos, d
     assert decoding.most == 1
 
 
-def test_images_that_wait_to_be_decoded_fill_the_server_too(root, photos, decoding):
-    with running(root, decode_threads=1, max_rows=1, max_queue=1) as live:
+def test_images_that_wait_to_be_decoded_fill_the_queue_too(root, photos, decoding):
+    with running(root, decode_threads=1, max_rows=64, max_queue=2) as live:
         with post(live, photos[0]), post(live, photos[1]):
             until(lambda: requests_running(live) == 2)
             refused = live.caption(photos[2])
@@ -130,6 +131,25 @@ def test_a_full_queue_is_answered_429_with_retry_after(held, photos):
         assert captions_of(first.result())
         assert captions_of(second.result())
     assert captions_of(live.caption(photos[2]))
+
+
+def test_nothing_is_decoded_that_a_full_queue_refuses(root, tiny_captioner, photos, decoding):
+    captioner = Held(tiny_captioner)
+    decoding.go_on.set()
+    with (
+        running(root, load=lambda _: captioner, max_rows=64, max_queue=1) as live,
+        ThreadPoolExecutor() as pool,
+    ):
+        first = pool.submit(live.caption, photos[0])
+        assert captioner.began.wait(PATIENCE_S)
+        second = pool.submit(live.caption, photos[1])
+        until(lambda: live.engine.waiting == 1)
+        for _ in range(10):
+            check_problem(live.caption(photos[2]), 429)
+        assert decoding.count == 2
+        captioner.go_on.set()
+        assert captions_of(first.result())
+        assert captions_of(second.result())
 
 
 def test_a_client_that_leaves_frees_its_place(held, photos):
