@@ -12,8 +12,10 @@ BIN := .venv/bin
 serve: .venv/.installed
 	$(BIN)/python -m serving up --port $(PORT)
 
+# On all cores; what starts a Ray cluster or a browser then has the machine to itself.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not chaos"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not (slow or chaos or ray or browser)"
+	$(BIN)/python -m pytest -m "(ray or browser) and not (slow or chaos)"
 
 test-slow: .venv/.dev-installed
 	$(BIN)/python -m pytest -m "slow and not chaos"

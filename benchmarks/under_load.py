@@ -58,11 +58,12 @@ class Served:
         return int(str(self.model()["swaps"]))
 
     def waiting(self) -> int:
-        """Returns the caption requests that it works on."""
-        for line in self._get("/metrics").decode().splitlines():
-            if line.startswith("cutline_requests_running "):
-                return round(float(line.split()[1])) - 1  # this one is one too
-        raise UsageError("/metrics does not say how many requests run")
+        """Returns the caption requests that it works on, in all of its replicas."""
+        lines = self._get("/metrics").decode().splitlines()
+        running = [line for line in lines if line.startswith("cutline_requests_running")]
+        if not running:
+            raise UsageError("/metrics does not say how many requests run")
+        return round(sum(float(line.split()[-1]) for line in running)) - 1  # this one is one too
 
     def _get(self, path: str) -> bytes:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)

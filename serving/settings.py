@@ -60,7 +60,9 @@ class Settings(BaseSettings):
         1.0, description="seconds an image should take, its wait aside: fewer run together if not"
     )
     max_rows: PositiveInt = Field(128, description="beams that run together at most")
-    max_queue: PositiveInt = Field(256, description="images that may wait; beyond that 429")
+    max_queue: PositiveInt = Field(
+        256, description="images that may wait, fewer if too late: then 429"
+    )
     cache_bytes: int = Field(
         32 * 1024 * 1024, ge=0, description="bytes of encoded images kept for when they come again"
     )
