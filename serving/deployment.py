@@ -7,7 +7,6 @@
 import logging
 import math
 import os
-import shutil
 import signal
 import tempfile
 import threading
@@ -24,7 +23,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.app import create_app
 from serving.edge import REQUEST_ID
 from serving.engine import Engine
-from serving.haproxy import environment, running_requests, stop_listening, write_start_script
+from serving.haproxy import (
+    environment,
+    replica_ports,
+    running_requests,
+    stop_listening,
+    write_start_script,
+)
+from serving.leftovers import MARK, none_left
 from serving.local import announce, warn_if_open
 from serving.logs import log_to_stderr
 from serving.metrics import Metrics
@@ -37,7 +43,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_MARK = "CUTLINE_CLUSTER"  # stands in the environment of every process that `up` started
 _WRONG_IN_A_ROW = 3  # golden captions
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is kept there
 
@@ -61,7 +66,7 @@ class CaptionService:
         if settings.metrics_dir is None:
             # One of several, perhaps: they show their metrics together.
             settings = settings.model_copy(update={"metrics_dir": node_folder()})
-        alone = _MARK in os.environ
+        alone = MARK in os.environ
         if alone:
             _keep_to_loopback()
         else:  # in a pod, where it is Serve that listens, for the whole network
@@ -164,14 +169,11 @@ def up(settings: Settings) -> None:
     mark = uuid4().hex
     # A short path: Unix sockets inside have at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="cutline-", dir="/tmp"))
-    variables = environment(settings, folder, folder / "haproxy.sh")
-    write_start_script(folder, Path(get_haproxy_binary()), variables)
-    os.environ.update(variables, **{_MARK: mark})
-    try:
+    with replica_ports() as ports, none_left(mark, folder):
+        variables = environment(settings, folder, folder / "haproxy.sh", ports)
+        write_start_script(folder, Path(get_haproxy_binary()), variables)
+        os.environ.update(variables, **{MARK: mark})
         _run(settings, folder, stop)
-    finally:
-        _end_marked(mark)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(settings: Settings, folder: Path, stop: threading.Event) -> None:
@@ -214,27 +216,3 @@ def _drain(folder: Path, at_most_s: float) -> None:
         stop_listening(folder)
         while running_requests(folder) and time.monotonic() < end:
             time.sleep(0.05)
-
-
-def _end_marked(mark: str) -> None:
-    """Ends whatever of this cluster outlived its shutdown, and nothing else."""
-    wanted = f"{_MARK}={mark}".encode()
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        left = [pid for pid in _others() if wanted in _environment_of(pid)]
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        if left:
-            time.sleep(1.0)
-
-
-def _others() -> list[int]:
-    names = (path.name for path in Path("/proc").iterdir())
-    return [int(name) for name in names if name.isdecimal() and int(name) != os.getpid()]
-
-
-def _environment_of(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # it has ended, or is not ours
-        return []

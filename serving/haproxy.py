@@ -4,11 +4,14 @@ Nothing here imports Ray: Ray reads its variables while it is imported, so they 
 
 Ray writes HAProxy's configuration from a fixed template, some lines of which do not suit a server
 on somebody's machine: two status pages listen on all interfaces, HAProxy's own errors all become a
-bare 500, and a client may switch off the timeouts. So a script edits them first, then starts it.
+bare 500, one that has just been started knows no path, and a client may switch off the timeouts. So
+a script edits them first, then starts it.
 """
 
 import shlex
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from secrets import token_hex
@@ -28,6 +31,8 @@ POD = {
     "RAY_SERVE_HAPROXY_STATS_PORT": "8404",
     "RAY_SERVE_HAPROXY_METRICS_PORT": "9101",
 }
+# Between the ports of Ray's workers and those that Linux gives to whoever asks for any.
+_REPLICA_PORTS = range(20_000, 32_000, 128)
 _OWN_ERRORS = {
     502: "The server broke off its answer; send the request again.",
     503: "No replica of the server takes requests now; try again in a moment.",
@@ -35,13 +40,35 @@ _OWN_ERRORS = {
 }
 
 
-def environment(settings: Settings, folder: Path, haproxy: Path) -> dict[str, str]:
+@contextmanager
+def replica_ports() -> Iterator[range]:
+    """Yields ports for the replicas of one server, which are its own until the block ends.
+
+    All servers would number them from the same one on, so that a new replica of one server takes
+    the port of a dead replica of another, whose HAProxy still sends requests there.
+
+    Raises:
+        OSError: So many servers run on this machine that none is left.
+    """
+    for first in _REPLICA_PORTS:
+        with socket.socket() as held:
+            try:
+                held.bind(("127.0.0.1", first))
+            except OSError:  # another server's
+                continue
+            yield range(first + 1, first + _REPLICA_PORTS.step)
+            return
+    raise OSError(f"no ports are left for replicas: {len(_REPLICA_PORTS)} servers run here")
+
+
+def environment(settings: Settings, folder: Path, haproxy: Path, ports: range) -> dict[str, str]:
     """Returns the environment for Ray and all its processes.
 
     Args:
         settings: The server's settings; HAProxy's time limits follow from them.
         folder: A private folder for sockets and configuration, with a short path.
         haproxy: The program that `write_start_script` made.
+        ports: Where replicas listen, see `replica_ports`.
     """
     stats, metrics = _free_ports(2)
     body_s = int(settings.body_s)
@@ -60,12 +87,17 @@ def environment(settings: Settings, folder: Path, haproxy: Path) -> dict[str, st
         "RAY_SERVE_ENABLE_HA_PROXY": 1,
         # RAY_SERVE_THROUGHPUT_OPTIMIZED by its parts, but for gRPC between replicas.
         "RAY_SERVE_ENABLE_DIRECT_INGRESS": 1,
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": ports.start,
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": ports.stop,
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": 0,
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": 0,
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": 1000,
         "RAY_SERVE_FREEZE_GC_ON_STARTUP": 1,
-        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": 1,
-        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": 2,
+        # Ray kills a proxy that was not ready by then, and `up` with it, on a busy machine.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": 30,
+        # It is replaced when three checks failed: soon if it is gone, not for being slow.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": 0.5,
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": 5,
         # `up` drains by itself before it shuts down, see `stop_listening`.
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": 0.1,
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": 0,
@@ -105,6 +137,9 @@ def write_start_script(folder: Path, binary: Path, environment_of: dict[str, str
     edits = [
         loopback,
         f"s#errorfile ([0-9]+) .*#errorfile \\1 {folder}/\\1.http#",
+        # Until it is told where replicas are, which may be half a second, it has no other answer.
+        "/^backend default_backend$/,/^ *http-request return /"
+        "s/^( *http-request return ).*/\\1status 503 default-errorfiles/",
         *(
             f"/^frontend {_FRONTEND}$/a\\    http-request del-header {name}"
             for name in _REFUSED_HEADERS

@@ -40,6 +40,8 @@ LEFT_OUT = {
     "RAY_AUTH_MODE",  # authOptions; the operator makes the token
     "RAY_AUTH_TOKEN",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",  # a worker with a GPU asks for it
+    "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT",  # no two servers share the ports of a pod
+    "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT",
     "RAY_SERVE_LOG_TO_STDERR",  # a pod's log is where an operator looks
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S",  # Kubernetes drains, see preStop: Ray's own are right
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S",
@@ -96,7 +98,7 @@ def test_what_is_named_is_there(name: str) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_serve_is_set_up_as_on_one_machine(overlay: str) -> None:
     settings = Settings(**application(overlay)["args"])
-    expected = environment(settings, Path("/tmp"), Path("/tmp/haproxy")) | POD | ADDED
+    expected = environment(settings, Path("/tmp"), Path("/tmp/haproxy"), range(2)) | POD | ADDED
     assert expected.keys() >= LEFT_OUT
     head, worker = pods([ray_service(overlay)])
     for container in (head["spec"]["containers"][0], *all_containers(worker)):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Start, requests_to
 from outcomes import Outcomes, evenly, offer, probe
-from test_deployment import mark_of, marked
+from processes import REPLICA, mark_of, marked
 from under_load import Served
 
 from exports.registry import Registry
@@ -20,15 +20,7 @@ PLAIN = ("-m", "serving", "up", "--local")
 
 def replicas(pid: int) -> list[int]:
     """Returns the processes of a server's replicas."""
-    found = []
-    for each in marked(mark_of(pid)):
-        try:
-            title = Path(f"/proc/{each}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if title.startswith(b"ray::ServeReplica:cutline"):
-            found.append(each)
-    return sorted(found)
+    return marked(mark_of(pid), REPLICA)
 
 
 async def alive(pid: int, count: int) -> list[int]:

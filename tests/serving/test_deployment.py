@@ -14,7 +14,13 @@ import pytest
 
 from exports.registry import Registry
 from serving.deployment import CaptionService, build
-from serving.haproxy import POD, environment, write_pod_script, write_start_script
+from serving.haproxy import (
+    POD,
+    environment,
+    replica_ports,
+    write_pod_script,
+    write_start_script,
+)
 from serving.settings import Settings
 
 CONFIG = """\
@@ -25,6 +31,9 @@ frontend prometheus
     bind :{metrics}
 frontend http_frontend
     bind 127.0.0.1:8000
+    http-request return status 200 content-type text/plain string "success" if healthcheck
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path not found."
 backend http-cutline
     server a 127.0.0.1:30000 check
 listen stats
@@ -37,7 +46,7 @@ def test_haproxy_is_kept_to_the_loopback_interface(tmp_path):
     binary.write_text('#!/bin/sh\necho "$@"\n')
     binary.chmod(0o700)
     script = tmp_path / "start.sh"
-    variables = environment(Settings(), tmp_path, script)
+    variables = environment(Settings(), tmp_path, script, range(2))
     write_start_script(tmp_path, binary, variables)
     ports = {
         name.lower(): variables[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")
@@ -60,6 +69,9 @@ def test_haproxy_is_kept_to_the_loopback_interface(tmp_path):
         assert b"application/problem+json" in head
         assert f"Content-Length: {len(body)}".encode() in head
     assert "del-header x-request-timeout-seconds" in edited
+    returns = re.findall(r"http-request return (.*)", edited)
+    assert returns[0].startswith("status 200")
+    assert returns[1:] == ["status 503 default-errorfiles"]
     subprocess.run(command, check=True, capture_output=True)  # a second reload changes no more
     assert config.read_text().count("127.0.0.1:8000") == 1
 
@@ -77,6 +89,17 @@ def test_a_pod_s_script_is_for_whoever_runs_it(tmp_path):
     edited = config.read_text()
     assert edited.count("127.0.0.1:8404") == edited.count("127.0.0.1:9101") == 1
     assert f"errorfile 503 {tmp_path}/503.http" in edited
+
+
+def test_no_two_servers_of_a_machine_share_the_ports_of_their_replicas():
+    with replica_ports() as one, replica_ports() as other:
+        assert not set(one) & set(other)
+        again = one
+    with replica_ports() as free:
+        assert free.start <= again.start  # given back
+    variables = environment(Settings(), Path("/tmp"), Path("/tmp/haproxy"), one)
+    assert variables["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] == str(one.start)
+    assert variables["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] == str(one.stop)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in what Ray imports
