@@ -14,6 +14,7 @@ import re
 import sys
 import time
 import warnings
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,8 +36,7 @@ _LONGEST = 4096  # bytes of an input
 _FAILED = re.compile(r"^(?:=+ *)?(Uncaught Python exception|SUMMARY: libFuzzer: .*)", re.MULTILINE)
 _EXECUTED = re.compile(r"stat::number_of_executed_units: (\d+)|^Done (\d+) runs", re.MULTILINE)
 _COVERED = re.compile(r" cov: (\d+)")
-_libc = ctypes.CDLL(None)
-_END = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: os._exit(0))
+_LIBC = ctypes.CDLL(None)
 
 
 def _instrument(module: ModuleType) -> None:
@@ -53,6 +53,22 @@ def _fuzz(name: str, seconds: int, seed: int, corpus: Path, keep: Path) -> None:
     """Fuzzes one target; ends the process."""
     warnings.simplefilter("ignore")
     target = fuzz_targets.TARGETS[name]
+    failed = False
+
+    def watched(body: bytes) -> None:
+        nonlocal failed
+        try:
+            target(body)
+        except BaseException:
+            failed = True
+            (keep / f"{name}-{sha256(body).hexdigest()[:12]}").write_bytes(body)
+            raise
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def end(_: object) -> None:
+        # A fork has none of its parent's threads, which ONNX Runtime would wait for at the end.
+        if not failed:
+            os._exit(0)
 
     def mutate_image(body: bytes, size: int, _: int) -> bytes:
         return bytes(fuzz_targets.mend_png(bytes(atheris.Mutate(body, size))))[:size]
@@ -69,9 +85,8 @@ def _fuzz(name: str, seconds: int, seed: int, corpus: Path, keep: Path) -> None:
         "-print_final_stats=1",
     ]
     mutator = {"custom_mutator": mutate_image} if name == "image" else {}
-    atheris.Setup(arguments, target, **mutator)
-    # A fork has none of its parent's threads, which ONNX Runtime would wait for at the end.
-    _libc.__cxa_atexit(_END, None, None)
+    atheris.Setup(arguments, watched, **mutator)
+    _LIBC.__cxa_atexit(end, None, None)
     atheris.Fuzz()
 
 
