@@ -131,7 +131,8 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
 def form_or_json(fields: type[BaseModel], model: type[BaseModel]) -> dict[str, Any]:
     """Returns the two body forms of an operation that takes one image and fields beside it."""
     operation = json_body(model)
-    parts = {"image": _BINARY} | fields.model_json_schema()["properties"]
+    properties = fields.model_json_schema()["properties"]
+    parts = {"image": _BINARY} | {name: _part(schema) for name, schema in properties.items()}
     operation["requestBody"]["content"]["multipart/form-data"] = {
         "schema": {
             "type": "object",
@@ -163,6 +164,13 @@ def documented(
 
 def _plain(schema: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in schema.items() if key != "title"}
+
+
+def _part(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a part of a form may be: one that is none is left out, not null."""
+    given = [variant for variant in schema.get("anyOf", ()) if variant != {"type": "null"}]
+    bare = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+    return bare | given[0] if given else schema
 
 
 def _as_3_0(node: Any) -> Any:
