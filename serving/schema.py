@@ -67,7 +67,9 @@ class CaptionParameters(BaseModel):
 def _with_images(schema: dict[str, Any]) -> None:
     """Say that a request has images of at least one of the two kinds."""
     _without_defaults(schema)
-    schema["anyOf"] = [{"required": ["images"]}, {"required": ["urls"]}]
+    schema["anyOf"] = [
+        {"required": [name], "properties": {name: {"minItems": 1}}} for name in ("images", "urls")
+    ]
 
 
 class CaptionRequest(CaptionParameters):
@@ -77,12 +79,10 @@ class CaptionRequest(CaptionParameters):
 
     images: list[Base64] = Field(
         default=[],
-        min_length=1,
         description="Images, each a file's bytes in base64 (RFC 4648, no data: URL).",
     )
     urls: list[str] = Field(
         default=[],
-        min_length=1,
         description="Addresses of images, which come after those of `images`; only where the server"
         " is set to fetch, and from the hosts of its list alone.",
     )
