@@ -34,10 +34,11 @@ def contract(live, folder, *options):
     config.write_text(CONFIG)
     document = f"http://127.0.0.1:{live.port}/openapi.json"
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run"]
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*command, document, "--no-color", "--warnings", "off", "--seed", "1", *options],
-        env={**os.environ, "SCHEMATHESIS_HOOKS": "contract_hooks"},
-        cwd=HERE,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "contract_hooks", "PYTHONPATH": path},
+        cwd=folder,  # where it leaves what it found
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
