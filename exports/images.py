@@ -108,13 +108,15 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Returns `image` in mode RGB, on white where it is transparent."""
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
     try:
+        if image.mode.startswith(("I", "F")):
+            image = _eight_bits(image)
         if not image.has_transparency_data:
             return image.convert("RGB")
         layers = image.convert("RGBA")
-    except ValueError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # AssertionError, too, where a palette is missing
         raise ImageError(f"an image of mode {image.mode} cannot be shown as RGB") from error
     white = Image.new("RGB", image.size, (255, 255, 255))
     white.paste(layers, mask=layers.getchannel("A"))

@@ -18,13 +18,13 @@ from serving import chat, feedback, v2
 from serving.captioning import Server, answered, ready_captioner, server_of
 from serving.chat import ChatRequest
 from serving.decode_image import ImageLimits
-from serving.dialects import Dialects, InferenceError, OpenAIError
+from serving.dialects import Dialects, InferenceError, OpenAIError, error_of
 from serving.edge import Edge
 from serving.engine import Engine
 from serving.errors import CaptionError, NotReady
 from serving.feedback import FeedbackRequest
 from serving.feedback_store import FeedbackStore
-from serving.guard import Guard
+from serving.guard import PROBES, Guard
 from serving.keys import KeyRing
 from serving.limits import Budget
 from serving.metrics import Metrics
@@ -214,8 +214,8 @@ async def get_metrics(request: Request) -> Response:
 @_pages.get("/openapi.json")
 async def get_document(request: Request) -> dict[str, Any]:
     """Returns the OpenAPI document."""
-    keys = server_of(request).settings.keys_file is not None
-    return describe(request.app, _BODIES, keys=keys)
+    keys = server_of(request).settings.keys_file
+    return describe(request.app, _BODIES, error_of=error_of, open_to_all=PROBES if keys else None)
 
 
 @_pages.get("/docs")

@@ -11,6 +11,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from exports.errors import ImageError
 from exports.images import ImageSpec, preprocess
 from serving.errors import ImageTooLarge, NotAnImage, UndecodableImage
+from serving.image_walk import check_pieces, check_scans
 from serving.limits import MAX_PIXELS
 
 # No AVIF: its container states one size and the video stream in it another, which libavif decodes
@@ -36,13 +37,15 @@ def decode_image(body: bytes, spec: ImageSpec, limits: ImageLimits) -> npt.NDArr
     Raises:
         NotAnImage: The bytes begin like none of the types that we read.
         ImageTooLarge: The image states more pixels than the limit; nothing was decoded.
-        UndecodableImage: The bytes are damaged, cut off, or none at all.
+        UndecodableImage: The bytes are damaged, cut off, or none at all, or made to cost more than
+            an image of their size.
     """
     if not body:
         raise UndecodableImage("The body is empty: send the bytes of an image file.")
     kind = sniff(body)
     if kind is None:
         raise NotAnImage(f"The bytes are none of the image types read here: {_TYPES}.")
+    check_pieces(kind, body)
     image = _open(body, kind, limits)
     try:
         with image:
@@ -65,6 +68,8 @@ def _open(body: bytes, kind: str, limits: ImageLimits) -> Image.Image:
                 f"The image has {width} x {height} pixels, more than {limits.max_pixels:,}:"
                 " make it smaller."
             )
+    if kind == "JPEG":
+        check_scans(body, image.width * image.height)
     return image
 
 

@@ -14,9 +14,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.problem import MEDIA_TYPE
+from serving.schema import Problem
 
-Problem = dict[str, Any]
-Dialect = Callable[[Problem], BaseModel]
+Dialect = Callable[[dict[str, Any]], BaseModel]
 
 _KINDS = {
     401: "authentication_error",
@@ -47,7 +47,7 @@ class InferenceError(BaseModel):
     error: str
 
 
-def openai_error(problem: Problem) -> OpenAIError:
+def openai_error(problem: dict[str, Any]) -> OpenAIError:
     """Returns a problem in OpenAI's words; `code` is the last part of the problem's type."""
     status = problem["status"]
     code = problem["type"].rpartition(":")[2].replace("-", "_")
@@ -61,9 +61,15 @@ def openai_error(problem: Problem) -> OpenAIError:
     )
 
 
-def inference_error(problem: Problem) -> InferenceError:
+def inference_error(problem: dict[str, Any]) -> InferenceError:
     """Returns a problem in the words of the Open Inference Protocol."""
     return InferenceError(error=problem["detail"])
+
+
+_MODELS: dict[Dialect | None, type[BaseModel]] = {
+    openai_error: OpenAIError,
+    inference_error: InferenceError,
+}
 
 
 def dialect_of(path: str) -> Dialect | None:
@@ -73,6 +79,11 @@ def dialect_of(path: str) -> Dialect | None:
     if path == "/v2" or path.startswith("/v2/"):
         return inference_error
     return None
+
+
+def error_of(path: str) -> type[BaseModel]:
+    """Returns the model of what is written of an error under an address."""
+    return _MODELS.get(dialect_of(path), Problem)
 
 
 class Dialects:

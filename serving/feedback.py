@@ -27,6 +27,7 @@ from serving.request import (
     shown,
     whole_body,
 )
+from serving.schema import Base64
 from serving.settings import Settings
 
 _LONGEST = 500  # letters of a caption
@@ -64,7 +65,7 @@ class FeedbackFields(BaseModel):
 class FeedbackRequest(FeedbackFields):
     """The JSON form of feedback."""
 
-    image: str = Field(description="The image file's bytes in base64 (RFC 4648, no data: URL).")
+    image: Base64 = Field(description="The image file's bytes in base64 (RFC 4648, no data: URL).")
 
 
 class FeedbackAnswer(BaseModel):

@@ -27,7 +27,7 @@ from serving.problem import not_offered, problem
 MAX_HEADER_BYTES = 32 * 1024
 MAX_HEADERS = 100
 _ADMIN = "/v1/admin"
-_PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _PAGES = {"page": ("/",), "docs": ("/docs", "/openapi.json"), "metrics": ("/metrics",)}
 _BELOW = {"docs": "/docs/"}
 
@@ -62,7 +62,7 @@ class Guard:
         """
         self.app = app
         self._keys = keys
-        self._open = {*_PROBES, *(path for page in open_pages for path in _PAGES[page])}
+        self._open = {*PROBES, *(path for page in open_pages for path in _PAGES[page])}
         self._below = tuple(_BELOW[page] for page in open_pages if page in _BELOW)
         self._held_requests = held_requests
         self._metrics = metrics

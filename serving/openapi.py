@@ -3,7 +3,7 @@
 The document is OpenAPI 3.0.3, since the Swagger UI that PyPI carries reads no 3.1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -45,14 +45,19 @@ _ANY_SCHEME: list[dict[str, list[str]]] = [{name: []} for name in _SCHEMES]
 
 
 def describe(
-    app: FastAPI, models: Sequence[type[BaseModel]], *, keys: bool = False
+    app: FastAPI,
+    models: Sequence[type[BaseModel]],
+    *,
+    error_of: Callable[[str], type[BaseModel]],
+    open_to_all: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Returns the OpenAPI document of `app`; made once.
 
     Args:
         app: Its routes are described.
         models: Of bodies that routes read by themselves, and of errors.
-        keys: Whether a key is asked for.
+        error_of: Returns how errors are written under an address.
+        open_to_all: The addresses that need no key, where others do; None: none does.
     """
     if app.openapi_schema is None:
         document = get_openapi(
@@ -64,22 +69,29 @@ def describe(
         )
         document["components"]["schemas"].update(extra["$defs"])
         document["components"]["securitySchemes"] = _SCHEMES
-        if keys:
-            _ask_for_key(document)
+        if open_to_all is not None:
+            _ask_for_key(document, open_to_all, error_of)
         app.openapi_schema = _as_3_0(document)
         app.openapi_schema["openapi"] = "3.0.3"
     return app.openapi_schema
 
 
-def _ask_for_key(document: dict[str, Any]) -> None:
+def _ask_for_key(
+    document: dict[str, Any],
+    open_to_all: Collection[str],
+    error_of: Callable[[str], type[BaseModel]],
+) -> None:
     """Says which operations need a key, and what is answered without."""
     document["security"] = _ANY_SCHEME
-    for operations in document["paths"].values():
+    for path, operations in document["paths"].items():
+        model = error_of(path)
+        media_type = MEDIA_TYPE if model is Problem else "application/json"
+        answers = documented(401, 429, model=model, media_type=media_type)
         for operation in operations.values():
-            if "probes" in operation.get("tags", ()):
+            if path in open_to_all:
                 operation["security"] = []
             else:
-                operation["responses"] = {**operation["responses"], **documented(401, 429)}
+                operation["responses"] = {**operation["responses"], **answers}
 
 
 def captions_operation() -> dict[str, Any]:
@@ -131,7 +143,8 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
 def form_or_json(fields: type[BaseModel], model: type[BaseModel]) -> dict[str, Any]:
     """Returns the two body forms of an operation that takes one image and fields beside it."""
     operation = json_body(model)
-    parts = {"image": _BINARY} | fields.model_json_schema()["properties"]
+    properties = fields.model_json_schema()["properties"]
+    parts = {"image": _BINARY} | {name: _part(schema) for name, schema in properties.items()}
     operation["requestBody"]["content"]["multipart/form-data"] = {
         "schema": {
             "type": "object",
@@ -165,6 +178,13 @@ def _plain(schema: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in schema.items() if key != "title"}
 
 
+def _part(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a part of a form may be: one that is none is left out, not null."""
+    given = [variant for variant in schema.get("anyOf", ()) if variant != {"type": "null"}]
+    bare = {key: value for key, value in schema.items() if key not in ("anyOf", "default")}
+    return bare | given[0] if given else schema
+
+
 def _as_3_0(node: Any) -> Any:
     """Returns a document of JSON Schema 2020-12 in the words of OpenAPI 3.0."""
     if isinstance(node, list):
@@ -178,6 +198,9 @@ def _as_3_0(node: Any) -> Any:
     if isinstance(variants, list) and {"type": "null"} in variants:
         del node["anyOf"]
         kept = [variant for variant in variants if variant != {"type": "null"}]
-        node |= {"allOf": kept} if "$ref" in kept[0] else kept[0]
+        if len(kept) > 1:
+            node["anyOf"] = kept
+        else:
+            node |= {"allOf": kept} if "$ref" in kept[0] else kept[0]
         node["nullable"] = True
     return node

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from serving.errors import MalformedRequest, ParameterError
 from serving.params import Caption
 from serving.request import from_base64, json_object, out_of_range, shown
+from serving.schema import Base64
 
 IMAGE = "image"
 CAPTIONS, SCORES = "captions", "scores"
@@ -53,7 +54,7 @@ class InferInput(BaseModel):
     parameters: dict[str, Any] = Field(
         default={}, description="`binary_data_size`: bytes of the tensor behind the JSON."
     )
-    data: list[str | list[str]] | None = Field(
+    data: list[Base64 | list[Base64]] | None = Field(
         default=None, description="Image files in base64, where they do not stand behind the JSON."
     )
 

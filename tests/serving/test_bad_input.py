@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from image_zoo import FORMATS, READ_HERE, file_of, png_of, polyglots
 from live import PNG, Held, as_base64, captions_of, check_problem, head, running, send
 from tiny_bundle import black_picture, picture
 
@@ -82,6 +83,25 @@ BAD = {
 def test_bad_input_gets_a_problem_and_the_next_request_an_answer(live, photos, name):
     status, request = BAD[name]
     check_problem(live.client.post("/v1/captions", **request(photos[0])), status)
+    assert captions_of(live.caption(photos[0]))
+
+
+def test_no_file_of_the_zoo_makes_the_server_fail(live, photos):
+    types = {
+        400: "urn:cutline:problem:undecodable-image",
+        413: "urn:cutline:problem:image-too-large",
+        415: "urn:cutline:problem:not-an-image",
+    }
+    files = [(file_of(kind), kind in READ_HERE) for kind in FORMATS] + [*polyglots().values()]
+    files += [(png_of(*[(b"zTXt", b"a\0\0")] * 100), False), (bomb(), False)]
+    for body, is_image in files:
+        answer = live.caption(body)
+        if is_image:
+            assert captions_of(answer)
+        else:
+            assert answer.status_code in types
+            problem = check_problem(answer, answer.status_code)
+            assert problem["type"] == types[answer.status_code]
     assert captions_of(live.caption(photos[0]))
 
 

@@ -4,11 +4,14 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from io import BytesIO
 
 import numpy as np
 import pytest
+from image_zoo import FORMATS as ZOO
+from image_zoo import READ_HERE, file_of, png_chunk, polyglots, saved
 from PIL import Image
 from tiny_bundle import picture
 
@@ -18,7 +21,8 @@ from serving.errors import CaptionError, ImageTooLarge, NotAnImage, UndecodableI
 
 SPEC = ImageSpec(height=32, width=48)
 LIMITS = ImageLimits()
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
+FORMATS = list(READ_HERE)
+Image.init()  # knows all formats from here on
 
 
 def decode(body):
@@ -83,6 +87,28 @@ def test_other_files_are_no_images(body):
         decode(body)
 
 
+@pytest.mark.parametrize("kind", ZOO)
+def test_of_all_formats_that_pillow_opens_six_are_read(kind):
+    body = file_of(kind)
+    with warnings.catch_warnings(action="ignore"):
+        assert Image.open(BytesIO(body), formats=[kind]).format.upper() == kind
+    if kind in FORMATS:
+        assert decode(body).shape == (32, 48, 3)
+    else:
+        with pytest.raises(NotAnImage, match="none of the image types"):
+            decode(body)
+
+
+@pytest.mark.parametrize("name", polyglots())
+def test_what_is_two_things_at_once_is_what_it_begins_as(name):
+    body, is_image = polyglots()[name]
+    if is_image:
+        assert decode(body).shape == (32, 48, 3)
+    else:
+        with pytest.raises(NotAnImage):
+            decode(body)
+
+
 def test_no_bytes_are_no_image():
     with pytest.raises(UndecodableImage, match="empty"):
         decode(b"")
@@ -94,6 +120,93 @@ def test_a_file_that_is_cut_off_is_undecodable(kind, keep):
     body = picture(2, format=kind)
     with pytest.raises(UndecodableImage, match=kind):
         decode(body[: int(len(body) * keep)])
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it mends
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_that_ends_anywhere_gives_pixels_or_a_clear_error(kind):
+    body = picture(2, format=kind)
+    cuts = sorted({*range(64), *range(64, len(body), max(len(body) // 60, 1)), len(body) - 1})
+    for cut in cuts:
+        try:
+            assert decode(body[:cut]).shape == (32, 48, 3)
+            assert cut > len(body) // 2
+        except CaptionError as error:
+            assert error.status == (400 if cut == 0 or cut >= 20 else error.status)  # noqa: PT017
+            assert error.status in (400, 415)  # noqa: PT017 - either way is right
+
+
+def test_a_palette_that_is_missing_is_damage():
+    head = struct.pack(">IIBBBBB", 8, 8, 8, 3, 0, 0, 0)
+    pieces = [(b"IHDR", head), (b"IDAT", zlib.compress(bytes(72))), (b"IEND", b"")]
+    body = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*piece) for piece in pieces)
+    with pytest.raises(UndecodableImage, match="mode P"):
+        decode(body)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_is_damaged(kind, size):
+    with pytest.raises(UndecodableImage):
+        decode(stated(kind, *size))
+
+
+KINDS = {
+    "CMYK": ("JPEG", Image.new("CMYK", (40, 30), (10, 200, 30, 4)), {}),
+    "grey": ("JPEG", Image.new("L", (40, 30), 90), {}),
+    "progressive": ("JPEG", Image.new("RGB", (40, 30)), {"progressive": True}),
+    "16 bits": ("PNG", Image.new("I;16", (40, 30), 30_000), {}),
+    "one bit": ("PNG", Image.new("1", (40, 30), 1), {}),
+    "grey and alpha": ("PNG", Image.new("LA", (40, 30), (9, 9)), {}),
+    "palette and alpha": ("PNG", Image.new("P", (40, 30)), {"transparency": bytes(range(256))}),
+    "palette and a hole": ("GIF", Image.new("P", (40, 30)), {"transparency": 0}),
+    "CMYK TIFF": ("TIFF", Image.new("CMYK", (40, 30)), {}),
+    "LAB TIFF": ("TIFF", Image.new("LAB", (40, 30)), {}),
+    "float TIFF": ("TIFF", Image.new("F", (40, 30), 0.5), {}),
+    "32-bit TIFF": ("TIFF", Image.new("I", (40, 30), 2**30), {}),
+    "JPEG in TIFF": ("TIFF", Image.new("RGB", (40, 30)), {"compression": "jpeg"}),
+    "a strip of 65,535": ("GIF", Image.new("L", (1, 65_535), 7), {}),
+    "a line of 65,500": ("JPEG", Image.new("L", (65_500, 1), 7), {}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_pixel_is_read(name):
+    kind, image, save = KINDS[name]
+    assert decode(saved(kind, image, **save)).shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_images_are_turned_upright_whatever_their_type(kind):
+    upright = Image.new("RGB", (48, 32), (20, 60, 200))
+    upright.paste((250, 240, 30), (0, 0, 16, 16))
+    save = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    save |= {"lossless": True} if kind == "WEBP" else {}
+    lies = {
+        **{1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
+        **{6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"},
+    }
+    for orientation, turn in lies.items():
+        image = upright.transpose(Image.Transpose[turn]) if turn else upright
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        found = decode(saved(kind, image, exif=exif, **save)).astype(int)
+        assert abs(found - np.asarray(upright).astype(int)).max() < 12, orientation
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it mends
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_damaged_exif_block_costs_nobody_the_photograph(kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x010F] = 6, 72.0, "maker"
+    whole = exif.tobytes()
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        block = bytearray(whole)
+        for at in rng.integers(6, len(block), 3):
+            block[at] = rng.integers(256)
+        body = saved(kind, exif=bytes(block[: len(block) - trial % 20]))
+        assert decode(body).shape == (32, 48, 3)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

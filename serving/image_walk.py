@@ -1,0 +1,175 @@
+"""A look at how an image file is put together, before a decoder works through it.
+
+What decoding costs should follow from the pixels and the bytes of a file. Six types have corners
+where it does not: a megabyte of JPEG segments that Pillow appends one to another, each time copying
+all before it; compressed profiles of a PNG, each a thousand times as long as the file says; strips
+of a TIFF that all lie over one another and are read again for each. No photograph needs them.
+"""
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from serving.errors import UndecodableImage
+
+_PIECES = 1_000  # segments, chunks, tags: what stands around the pixels
+_COMPRESSED = 32  # of those in a PNG, which may hold a MiB each
+_JUNK = 4_096  # bytes of a JPEG's head that belong to nothing; Pillow reads them one by one
+_BLOCKS = 20_000  # of up to 255 bytes, in the extensions of a GIF
+_STRIPS = 500_000
+_SCANNED = 2_000_000_000  # pixels of all scans of a JPEG: fifty times the largest image
+
+_MARKER = re.compile(rb"[^\xff]*+\xff++(?=.)", re.DOTALL)
+_BARE_MARKERS = frozenset((0x00, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))
+_SOS = 0xDA
+_PNG_COMPRESSED = (b"iCCP", b"zTXt", b"iTXt")
+_TIFF_OFFSETS, _TIFF_COUNTS = (273, 324), (279, 325)  # of strips, of tiles
+_TIFF_NUMBERS = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 16: "u8", 17: "i8"}
+
+
+def check_pieces(kind: str, body: bytes) -> None:
+    """Looks through the file of a type, as Pillow calls it; what is damaged is left to Pillow.
+
+    Raises:
+        UndecodableImage: It has more pieces than an image needs, or they lie over one another.
+    """
+    if check := _CHECKS.get(kind):
+        check(body)
+
+
+def check_scans(body: bytes, pixels: int) -> None:
+    """Looks at how often a JPEG goes over its pixels.
+
+    A progressive one may do so any number of times, by some fifty bytes each, and each costs as
+    much as the first. Counted is what looks like the start of a scan, in previews too.
+
+    Raises:
+        UndecodableImage: Far more often than any encoder makes it.
+    """
+    if body.count(b"\xff\xda") * pixels > _SCANNED:
+        raise UndecodableImage("The JPEG file goes over its pixels too often: save it anew.")
+
+
+def _too_many(kind: str, what: str) -> UndecodableImage:
+    return UndecodableImage(f"The {kind} file has {what}: save it anew.")
+
+
+def _check_jpeg(body: bytes) -> None:
+    at, junk = 2, 0
+    for _ in range(_PIECES):
+        while True:
+            found = _MARKER.match(body, at)
+            if found is None:
+                return
+            junk += found.end() - found.start() - 1
+            if junk > _JUNK:
+                raise _too_many("JPEG", f"more than {_JUNK:,} bytes of nothing in its head")
+            at = found.end() + 1
+            marker = body[at - 1]
+            if marker == _SOS:
+                return
+            if marker not in _BARE_MARKERS:
+                break
+            junk += 2
+        at += max(int.from_bytes(body[at : at + 2]), 2)
+    raise _too_many("JPEG", f"more than {_PIECES:,} segments before its pixels")
+
+
+def _check_png(body: bytes) -> None:
+    pieces = compressed = 0
+    at, seen_pixels = 8, False
+    while at + 8 <= len(body):
+        length, name = int.from_bytes(body[at : at + 4]), body[at + 4 : at + 8]
+        at += 12 + length
+        if name == b"IDAT":
+            seen_pixels = True
+            continue
+        if name == b"IEND" or (name == b"fcTL" and seen_pixels):
+            return  # other pictures of an animation are never read
+        pieces += 1
+        compressed += name in _PNG_COMPRESSED
+        if pieces > _PIECES or compressed > _COMPRESSED:
+            raise _too_many("PNG", "too many texts, profiles or other chunks beside its pixels")
+
+
+def _check_webp(body: bytes) -> None:
+    pieces, at = 0, 12
+    while at + 8 <= len(body):
+        pieces += body[at : at + 4] != b"ANMF"
+        if pieces > _PIECES:
+            raise _too_many("WEBP", f"more than {_PIECES:,} chunks beside its pixels")
+        length = int.from_bytes(body[at + 4 : at + 8], "little")
+        at += 8 + length + length % 2
+
+
+def _check_gif(body: bytes) -> None:
+    pieces = blocks = 0
+    at = 13 + _gif_palette(body, 10)
+    while body[at : at + 1] not in (b"", b",", b";"):
+        if body[at] != ord("!"):
+            pieces, at = pieces + 1, at + 1
+        else:
+            pieces, at = pieces + 1, at + 2
+            while at < len(body) and body[at]:
+                blocks, at = blocks + 1, at + 1 + body[at]
+                if blocks > _BLOCKS:
+                    break
+            at += 1
+        if pieces > _PIECES or blocks > _BLOCKS:
+            raise _too_many("GIF", "too many comments or extensions before its pixels")
+
+
+def _gif_palette(body: bytes, at: int) -> int:
+    flags = body[at] if at < len(body) else 0
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _check_tiff(body: bytes) -> None:
+    order = "<" if body.startswith(b"II") else ">"
+    tags = _tiff_tags(body, order)
+    offsets = claimed = counted = 0
+    for tag, kind, count, at in tags:
+        if tag not in _TIFF_OFFSETS + _TIFF_COUNTS or kind not in _TIFF_NUMBERS:
+            continue
+        if count > _STRIPS:
+            raise _too_many("TIFF", f"more than {_STRIPS:,} strips")
+        if tag in _TIFF_OFFSETS:
+            offsets = max(offsets, count)
+            continue
+        number = np.dtype(order + _TIFF_NUMBERS[kind])
+        if number.itemsize * count > 4:
+            (at,) = struct.unpack_from(order + "I", body, at)
+        end = at + number.itemsize * count
+        counts = np.frombuffer(body[at:end], number) if end <= len(body) else np.empty(0, "u1")
+        claimed += float(np.abs(counts, dtype=np.float64).sum())
+        counted += 1
+    if not counted:
+        claimed = offsets * len(body)  # what libtiff takes the strips for
+    if claimed > 2 * len(body):
+        raise _too_many("TIFF", "strips that lie over one another")
+
+
+def _tiff_tags(body: bytes, order: str) -> Iterator[tuple[int, int, int, int]]:
+    """Yields tag, type, count and the place of the value of each entry of the first directory."""
+    start = int.from_bytes(body[4:8], "little" if order == "<" else "big")
+    if start + 2 > len(body):
+        return
+    (entries,) = struct.unpack_from(order + "H", body, start)
+    if entries > _PIECES:
+        raise _too_many("TIFF", f"more than {_PIECES:,} tags")
+    for at in range(start + 2, start + 2 + 12 * entries, 12):
+        if at + 12 > len(body):
+            return
+        tag, kind, count = struct.unpack_from(order + "HHI", body, at)
+        yield tag, kind, count, at + 8
+
+
+_CHECKS: dict[str, Callable[[bytes], None]] = {
+    "JPEG": _check_jpeg,
+    "PNG": _check_png,
+    "WEBP": _check_webp,
+    "GIF": _check_gif,
+    "TIFF": _check_tiff,
+}
