@@ -38,7 +38,11 @@ RUN /opt/venv/bin/pip install --no-deps . \
 
 FROM venv AS trainer-venv
 ARG TRAINER_EXTRAS=cpu,workers
-RUN /opt/venv/bin/pip install ".[${TRAINER_EXTRAS}]" \
+# The PyTorch of PyPI brings CUDA, gigabytes of it. For GPUs: TRAINER_EXTRAS=gpu,workers and
+# TORCH_INDEX=https://pypi.org/simple.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN /opt/venv/bin/pip install --no-deps --index-url "${TORCH_INDEX}" torch torchvision \
+    && /opt/venv/bin/pip install ".[${TRAINER_EXTRAS}]" \
     && /opt/venv/bin/pip uninstall --yes cutline
 COPY exports exports
 COPY serving serving

@@ -43,6 +43,17 @@ def test_every_dependency_is_pinned(target: str, more: str) -> None:
         assert one.specifier.contains(version), one
 
 
+def test_the_trainer_has_no_cuda_unless_asked() -> None:
+    """PyPI's PyTorch asks for gigabytes of it, so another index comes first."""
+    stage = STAGES["trainer-venv"]
+    [index] = re.findall(r"^ARG TORCH_INDEX=(\S+)$", stage, re.M)
+    assert index == "https://download.pytorch.org/whl/cpu"
+    first, second = re.findall(r"pip install (.*?) +&&", stage)[:2]
+    assert first.split() == ["--no-deps", "--index-url", '"${TORCH_INDEX}"', "torch", "torchvision"]
+    assert second == '".[${TRAINER_EXTRAS}]"'
+    assert "cuda" not in STAGES["serving-venv"]
+
+
 def test_what_a_bucket_asks_for_is_pinned_too() -> None:
     assert {"aiobotocore", "botocore", "aioitertools", "jmespath"} <= pins().keys()
     # s3fs takes the fsspec of its own version, and botocore no later dateutil.
