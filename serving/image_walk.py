@@ -129,7 +129,8 @@ def _gif_palette(body: bytes, at: int) -> int:
 def _check_tiff(body: bytes) -> None:
     order = "<" if body.startswith(b"II") else ">"
     tags = _tiff_tags(body, order)
-    offsets = claimed = counted = 0
+    offsets = counted = 0
+    claimed = 0.0
     for tag, kind, count, at in tags:
         if tag not in _TIFF_OFFSETS + _TIFF_COUNTS or kind not in _TIFF_NUMBERS:
             continue
