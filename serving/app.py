@@ -1,6 +1,7 @@
 """The ASGI app: captions, models, probes, metrics, documentation and the page at `/`."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 from swagger_ui_bundle import swagger_ui_path
 
 from serving import chat, feedback, v2
@@ -19,7 +21,7 @@ from serving.captioning import Server, answered, ready_captioner, server_of
 from serving.chat import ChatRequest
 from serving.decode_image import ImageLimits
 from serving.dialects import Dialects, InferenceError, OpenAIError, error_of
-from serving.edge import Edge
+from serving.edge import CAPTIONING, Edge, route_of
 from serving.engine import Engine
 from serving.errors import CaptionError, NotReady
 from serving.feedback import FeedbackRequest
@@ -83,6 +85,10 @@ def create_app(
         await asyncio.to_thread(engine.close)
         decoders.shutdown(wait=False, cancel_futures=True)
 
+    def check_room(scope: Scope) -> None:
+        if scope["method"] == "POST" and route_of(scope["path"]) in CAPTIONING:
+            engine.check_room(time.monotonic() + settings.deadline_s)
+
     pages = NodePages(metrics.page, settings.metrics_dir)
     port = MetricsPort(pages.page, settings.metrics_host, settings.metrics_port)
     reproof = Reproof(
@@ -143,6 +149,7 @@ def create_app(
             2 * (settings.max_queue + settings.max_rows),
             "As many requests of this key run already as the server has room for.",
         ),
+        check_room=check_room,
         metrics=metrics,
     )
     app.add_middleware(Edge, metrics=metrics)

@@ -42,6 +42,10 @@ _ROUTES = {
 }
 
 
+CAPTIONING = frozenset({"captions", "chat", "infer"})
+"""Routes that caption."""
+
+
 class Edge:
     """ASGI middleware: `X-Request-Id`, metrics, and a clean 500 for what nobody foresaw."""
 
@@ -81,7 +85,7 @@ class Edge:
                 raise  # half an answer is out: only the server can break the connection off
             await internal_problem(request_id)(scope, receive, send_with_id)
         finally:
-            route = _route(path)
+            route = route_of(path)
             seconds = time.perf_counter() - start
             self.metrics.request_finished(route, code, seconds)
             logs.log_request(state, route, code, seconds)
@@ -112,7 +116,7 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _route(path: str) -> str:
+def route_of(path: str) -> str:
     """Returns what an address is called in the metrics."""
     if path.startswith("/docs/"):
         return "page"

@@ -94,6 +94,13 @@ class Engine:
         """Images that wait to be encoded."""
         return len(self._queue)
 
+    def check_room(self, deadline: float | None = None) -> None:
+        """Raises QueueFull where an image of this caller would find no place now."""
+        with self._changed:
+            full = self._queue.claimed >= self._pace.places(deadline)
+            if full and not self._queue.has_better_right(caller().name):
+                raise self._full()
+
     @contextmanager
     def place(self, deadline: float | None = None) -> Iterator[None]:
         """Keeps a place in the queue for an image that is being decoded; then submit it at once.
@@ -103,9 +110,7 @@ class Engine:
         """
         name = caller().name
         with self._changed:
-            full = self._queue.claimed >= self._pace.places(deadline)
-            if full and not self._queue.has_better_right(name):
-                raise self._full()
+            self.check_room(deadline)
             self._queue.announce(name)
         try:
             yield

@@ -1,12 +1,15 @@
 """Nobody is let in without a key, where the server has keys; before a byte of a body is read.
 
+Nor is a body read that could not be worked on: a server that is asked ten times what it can do must
+spend its time on the tenth, not on refusing the others.
+
 Open to all are the probes and the pages that the settings name. An admin key is asked for below
 /v1/admin, and where there are no keys at all, nothing is there. Rate limits count in one process:
 several replicas let through as many times more.
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -49,6 +52,7 @@ class Guard:
         keys: KeyRing | None,
         open_pages: Collection[str],
         held_requests: Budget,
+        check_room: Callable[[Scope], None],
         metrics: GuardMetrics,
     ) -> None:
         """Wraps `app`.
@@ -58,6 +62,7 @@ class Guard:
             keys: Whom to let in; None: everybody.
             open_pages: What of `page`, `docs` and `metrics` needs no key.
             held_requests: How many requests of keys may run at once.
+            check_room: Raises QueueFull for a request that would be refused when it is read.
             metrics: Counts refusals.
         """
         self.app = app
@@ -65,6 +70,7 @@ class Guard:
         self._open = {*PROBES, *(path for page in open_pages for path in _PAGES[page])}
         self._below = tuple(_BELOW[page] for page in open_pages if page in _BELOW)
         self._held_requests = held_requests
+        self._check_room = check_room
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,9 +92,11 @@ class Guard:
                 stack.enter_context(calling(caller))
                 if caller.name:
                     stack.enter_context(self._held_requests.share())(1)
+                self._check_room(scope)
             except CaptionError as error:
                 if reason := _reason(error):
                     self._metrics.request_refused(reason)
+                scope["state"]["error"] = error.title
                 answer: ASGIApp = problem(error, request_id)
             else:
                 answer = self.app

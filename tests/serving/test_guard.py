@@ -7,6 +7,7 @@ import pytest
 from live import PNG, as_base64, captions_of, check_problem, head, running, send, until
 
 from exports.registry import Registry
+from serving.guard import PROBES
 from serving.keys import make_key
 from serving.local import warn_if_open
 from serving.settings import Settings
@@ -215,7 +216,7 @@ def test_the_interface_says_how_to_send_a_key(live):
     assert document["security"] == [{"bearer": []}, {"key": []}]
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            is_probe = path in ("/healthz", "/readyz")
+            is_probe = path in PROBES
             assert (operation.get("security") == []) == is_probe
             assert ("401" in operation["responses"]) != is_probe
 

@@ -133,6 +133,23 @@ def test_a_full_queue_is_answered_429_with_retry_after(held, photos):
     assert captions_of(live.caption(photos[2]))
 
 
+def test_a_full_queue_refuses_before_a_byte_of_the_body_and_keeps_the_connection(held, photos):
+    live, captioner = held
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(live.caption, photos[0])]
+        assert captioner.began.wait(PATIENCE_S)
+        waiting.append(pool.submit(live.caption, photos[1]))
+        until(lambda: live.engine.waiting == 1)
+        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
+            body = photos[2]
+            connection.sendall(head(len(body)))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 429 ")
+            connection.sendall(body + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")  # nothing else is full
+        captioner.go_on.set()
+        assert all(captions_of(one.result()) for one in waiting)
+
+
 def test_nothing_is_decoded_that_a_full_queue_refuses(root, tiny_captioner, photos, decoding):
     captioner = Held(tiny_captioner)
     decoding.go_on.set()
