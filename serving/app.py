@@ -85,9 +85,12 @@ def create_app(
         await asyncio.to_thread(engine.close)
         decoders.shutdown(wait=False, cancel_futures=True)
 
-    def check_room(scope: Scope) -> None:
+    def deadline() -> float:
+        return time.monotonic() + settings.deadline_s
+
+    def let_in(scope: Scope) -> None:
         if scope["method"] == "POST" and route_of(scope["path"]) in CAPTIONING:
-            engine.check_room(time.monotonic() + settings.deadline_s)
+            engine.enter(deadline())
 
     pages = NodePages(metrics.page, settings.metrics_dir)
     port = MetricsPort(pages.page, settings.metrics_host, settings.metrics_port)
@@ -98,7 +101,7 @@ def create_app(
         every_s=settings.reproof_s,
         deadline_s=settings.deadline_s,
     )
-    metrics.watch_queue(lambda: engine.waiting, settings.max_queue)
+    metrics.watch_queue(lambda: engine.waiting, lambda: engine.places(deadline()))
     app = FastAPI(
         title="Cutline",
         version="1",
@@ -149,7 +152,7 @@ def create_app(
             2 * (settings.max_queue + settings.max_rows),
             "As many requests of this key run already as the server has room for.",
         ),
-        check_room=check_room,
+        let_in=let_in,
         metrics=metrics,
     )
     app.add_middleware(Edge, metrics=metrics)

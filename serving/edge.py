@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
+import os
 import re
 import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
-from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -127,4 +127,4 @@ def route_of(path: str) -> str:
 
 def _request_id(scope: Scope) -> str:
     given = Headers(scope=scope).get(REQUEST_ID, "")
-    return given if _ID_PATTERN.fullmatch(given) else uuid4().hex
+    return given if _ID_PATTERN.fullmatch(given) else os.urandom(16).hex()

@@ -34,6 +34,7 @@ from serving.waiter import Result, Waiter, deliver, told
 
 logger = logging.getLogger(__name__)
 
+_ENTERING_S = 0.25  # a request counts without its image
 _ENCODED_TOGETHER = 8  # a larger batch saves little, and its first image waits for its last
 
 
@@ -76,6 +77,7 @@ class Engine:
         self._pace = Pace(max_rows=max_rows, max_queue=max_queue, target_s=latency_target_s)
         self._metrics = metrics
         self._queue: FairQueue[Waiter] = FairQueue()
+        self._entering: deque[float] = deque()  # when those came whose body is being read
         self._ready: deque[Waiter] = deque()  # encoded
         self._running: dict[Captioner, dict[int, Waiter]] = {}  # by slot; the stepper's own
         self._rows_ahead = 0  # of images that are encoded or being encoded
@@ -94,12 +96,23 @@ class Engine:
         """Images that wait to be encoded."""
         return len(self._queue)
 
-    def check_room(self, deadline: float | None = None) -> None:
-        """Raises QueueFull where an image of this caller would find no place now."""
+    def places(self, deadline: float | None = None) -> int:
+        """Returns how many images may wait now before one that has until `deadline`."""
+        return self._pace.places(deadline)
+
+    def enter(self, deadline: float | None = None) -> None:
+        """Lets a request in whose body is still to be read.
+
+        Raises:
+            QueueFull: Its image would find no place now. Those who were let in just before count,
+                for a moment: whoever sends slowly must not keep others out.
+        """
+        now = time.monotonic()
         with self._changed:
-            full = self._queue.claimed >= self._pace.places(deadline)
-            if full and not self._queue.has_better_right(caller().name):
-                raise self._full()
+            while self._entering and self._entering[0] < now - _ENTERING_S:
+                self._entering.popleft()
+            self._check_room(len(self._entering), deadline)
+            self._entering.append(now)
 
     @contextmanager
     def place(self, deadline: float | None = None) -> Iterator[None]:
@@ -110,7 +123,9 @@ class Engine:
         """
         name = caller().name
         with self._changed:
-            self.check_room(deadline)
+            if self._entering:
+                self._entering.popleft()
+            self._check_room(0, deadline)
             self._queue.announce(name)
         try:
             yield
@@ -180,6 +195,11 @@ class Engine:
                 deliver([(loser, refusal)])
             self._queue.append(waiter)
             self._changed.notify_all()
+
+    def _check_room(self, more: int, deadline: float | None) -> None:
+        is_full = self._queue.claimed + more >= self._pace.places(deadline)
+        if is_full and not self._queue.has_better_right(caller().name):
+            raise self._full()
 
     def _full(self) -> QueueFull:
         waiting = self._queue.claimed

@@ -52,7 +52,7 @@ class Guard:
         keys: KeyRing | None,
         open_pages: Collection[str],
         held_requests: Budget,
-        check_room: Callable[[Scope], None],
+        let_in: Callable[[Scope], None],
         metrics: GuardMetrics,
     ) -> None:
         """Wraps `app`.
@@ -62,7 +62,7 @@ class Guard:
             keys: Whom to let in; None: everybody.
             open_pages: What of `page`, `docs` and `metrics` needs no key.
             held_requests: How many requests of keys may run at once.
-            check_room: Raises QueueFull for a request that would be refused when it is read.
+            let_in: Raises QueueFull for a request that would be refused when it is read.
             metrics: Counts refusals.
         """
         self.app = app
@@ -70,7 +70,7 @@ class Guard:
         self._open = {*PROBES, *(path for page in open_pages for path in _PAGES[page])}
         self._below = tuple(_BELOW[page] for page in open_pages if page in _BELOW)
         self._held_requests = held_requests
-        self._check_room = check_room
+        self._let_in = let_in
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +92,7 @@ class Guard:
                 stack.enter_context(calling(caller))
                 if caller.name:
                     stack.enter_context(self._held_requests.share())(1)
-                self._check_room(scope)
+                self._let_in(scope)
             except CaptionError as error:
                 if reason := _reason(error):
                     self._metrics.request_refused(reason)

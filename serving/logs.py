@@ -1,19 +1,23 @@
 """The server's log: one line of JSON or of text for each thing that happened, to stderr.
 
-One line a request, written by `log_request`; what the server and uvicorn have to say besides comes
-in the same form. A log is read by many and kept for long, so nothing of a request's body gets into
-it: no image, no name that a client made up, and no caption unless the settings say so. What others
-write about a request's failure might quote it, so from them only the kind of failure is taken and
-where it happened.
+One line a request, written by `log_request`; of those refused with 429, which come in floods, one a
+second for each key, with how often. What the server and uvicorn have to say besides comes in the
+same form. A log is read by many and kept for long, so nothing of a request's body gets into it: no
+image, no name that a client made up, and no caption unless the settings say so. What others write
+about a request's failure might quote it, so from them only the kind of failure is taken and where
+it happened.
 """
 
 import json
 import logging
+import math
 import sys
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Literal
 
@@ -66,8 +70,15 @@ def log_request(noted: Mapping[str, Any], route: str, code: int, seconds: float)
     """
     if route in _QUIET_ROUTES and code < _LOUD:
         return
+    times = 1
+    if code == HTTPStatus.TOO_MANY_REQUESTS:
+        times = _refusals.due((noted.get("key", ""), noted.get("error", "")))
+        if not times:
+            return
     fields = {"route": route, "code": code, "seconds": round(seconds, 4)}
     fields |= {name: noted[name] for name in _NOTED if noted.get(name) is not None}
+    if times > 1:
+        fields["times"] = times
     _requests.info("request", extra={"fields": fields})
 
 
@@ -77,6 +88,28 @@ _NOTED = ("request_id", "images", "model", "error", "key", "trace_id", "captions
 `model` is name@version, `error` the title of the problem that was answered, `key` the name of the
 API key, `captions` the texts, noted only where the settings allow it.
 """
+
+
+class Refusals:
+    """Counts what comes in floods, so that a line a second stands for all of a kind."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[
+            Hashable, tuple[float, int]
+        ] = {}  # when the last line was, how many since
+
+    def due(self, kind: Hashable) -> int:
+        """Counts one, and returns how many a line now stands for; 0: it is too early for one."""
+        now = time.monotonic()
+        last, count = self._kinds.get(kind, (-math.inf, 0))
+        if now - last < 1:
+            self._kinds[kind] = last, count + 1
+            return 0
+        self._kinds[kind] = now, 0
+        return count + 1
+
+
+_refusals = Refusals()
 
 
 class _Handler(logging.StreamHandler[Any]):

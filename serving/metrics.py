@@ -239,10 +239,10 @@ class Metrics:
         if is_strange and self._strange is not None:
             self._strange.inc()
 
-    def watch_queue(self, depth: Callable[[], int], limit: int) -> None:
-        """Ask `depth` for the number of waiting images, of at most `limit`, for every page."""
+    def watch_queue(self, depth: Callable[[], int], limit: Callable[[], int]) -> None:
+        """Ask how many images wait, and how many may, for every page."""
         self._depth.set_function(depth)
-        self._queue_limit.set(limit)
+        self._queue_limit.set_function(limit)
 
     def model_loaded(self, model: str, version: str) -> None:
         """Record that a bundle went to work; the one before leaves the page."""

@@ -47,6 +47,18 @@ def requests(lines):
     return [line for line in map(json.loads, lines) if line["logger"] == "serving.requests"]
 
 
+def test_of_what_is_refused_in_floods_one_line_a_second_stands_for_all(logged, monkeypatch):
+    lines, now = logged("json"), 100.0
+    monkeypatch.setattr(logs, "_refusals", logs.Refusals())
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
+    for moment, key in ((0, "a"), (0.3, "a"), (0.4, "b"), (0.9, "a"), (1.1, "a"), (1.2, "b")):
+        now = 100 + moment
+        logs.log_request({"key": key, "error": "Queue full"}, "captions", 429, 0.01)
+    logs.log_request({"key": "a"}, "captions", 200, 0.2)
+    told = [(line.get("key"), line["code"], line.get("times")) for line in requests(lines())]
+    assert told == [("a", 429, None), ("b", 429, None), ("a", 429, 3), ("a", 200, None)]
+
+
 def test_a_request_is_one_line_of_json(root, logged, photos):
     lines = logged("json")
     with running(root) as live:

@@ -15,7 +15,7 @@ def samples(metrics):
 
 def test_everything_is_counted_once():
     metrics = Metrics()
-    metrics.watch_queue(lambda: 7, 256)
+    metrics.watch_queue(lambda: 7, lambda: 256)
     metrics.request_started()
     metrics.request_started()
     metrics.request_finished("captions", 200, 0.2)
@@ -75,7 +75,7 @@ def test_the_page_stays_small_and_loses_no_request(codes):
 def busiest():
     """Returns metrics that did everything there is, with as many codes as count apart."""
     metrics = Metrics()
-    metrics.watch_queue(lambda: 7, 256)
+    metrics.watch_queue(lambda: 7, lambda: 256)
     metrics.model_loaded("a" * 64, "1" * 64)
     metrics.model_refused("registry")
     metrics.request_refused("not_admin")
