@@ -263,7 +263,8 @@ def _measured(name: str, arguments: argparse.Namespace) -> list[Goal]:
         with running(command) as server, undisturbed():
             if apart:
                 os.sched_setaffinity(0, cores[-1:])
-            return asyncio.run(SCENARIOS[name](_served(arguments, server), arguments))
+            goals = asyncio.run(SCENARIOS[name](_served(arguments, server), arguments))
+        return [*goals, note("threads of the engine", str(threads))]
     finally:
         os.sched_setaffinity(0, cores)
 

@@ -83,7 +83,7 @@ def preprocess(image: Image.Image, spec: ImageSpec) -> npt.NDArray[np.uint8]:
 def _decode(image: Image.Image, spec: ImageSpec) -> Image.Image:
     """Returns `image` with the pixels of its first frame in memory."""
     try:
-        if getattr(image, "is_animated", False):
+        if image.tell():  # not `is_animated`: to know, Pillow reads on to the next frame
             image.seek(0)
         if image.format in ("JPEG", "MPO"):
             size = (spec.width * _DRAFT_MARGIN, spec.height * _DRAFT_MARGIN)

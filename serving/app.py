@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,9 @@ def create_app(
     def deadline() -> float:
         return time.monotonic() + settings.deadline_s
 
-    def let_in(scope: Scope) -> None:
-        if scope["method"] == "POST" and route_of(scope["path"]) in CAPTIONING:
-            engine.enter(deadline())
+    def entering(scope: Scope) -> AbstractContextManager[None]:
+        captions = scope["method"] == "POST" and route_of(scope["path"]) in CAPTIONING
+        return engine.entering(deadline()) if captions else nullcontext()
 
     pages = NodePages(metrics.page, settings.metrics_dir)
     port = MetricsPort(pages.page, settings.metrics_host, settings.metrics_port)
@@ -125,7 +125,7 @@ def create_app(
             max(settings.max_held_bytes, settings.max_body_bytes * bodies),
             "The server holds as many bytes of requests as it has room for.",
         ),
-        # The engine counts what waits for it; images that wait to be decoded count here.
+        # The engine bounds what waits for it; this, all that are in memory, by callers' shares.
         Budget(
             settings.max_queue + settings.max_rows,
             "As many images wait already as the server has room for.",
@@ -152,7 +152,7 @@ def create_app(
             2 * (settings.max_queue + settings.max_rows),
             "As many requests of this key run already as the server has room for.",
         ),
-        let_in=let_in,
+        entering=entering,
         metrics=metrics,
     )
     app.add_middleware(Edge, metrics=metrics)

@@ -167,13 +167,14 @@ def up(settings: Settings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     mark = uuid4().hex
-    # A short path: Unix sockets inside have at most 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="cutline-", dir="/tmp"))
-    with replica_ports() as ports, none_left(mark, folder):
-        variables = environment(settings, folder, folder / "haproxy.sh", ports)
-        write_start_script(folder, Path(get_haproxy_binary()), variables)
-        os.environ.update(variables, **{MARK: mark})
-        _run(settings, folder, stop)
+    with replica_ports() as ports:
+        # A short path: Unix sockets inside have at most 107 characters.
+        folder = Path(tempfile.mkdtemp(prefix="cutline-", dir="/tmp"))
+        with none_left(mark, folder):
+            variables = environment(settings, folder, folder / "haproxy.sh", ports)
+            write_start_script(folder, Path(get_haproxy_binary()), variables)
+            os.environ.update(variables, **{MARK: mark})
+            _run(settings, folder, stop)
 
 
 def _run(settings: Settings, folder: Path, stop: threading.Event) -> None:

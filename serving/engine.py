@@ -19,6 +19,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import count
 from typing import Protocol
 
 from serving.caller import caller
@@ -34,8 +36,11 @@ from serving.waiter import Result, Waiter, deliver, told
 
 logger = logging.getLogger(__name__)
 
-_ENTERING_S = 0.25  # a request counts without its image
+_ENTERING_S = 0.25  # that one who was let in counts before its image comes
 _ENCODED_TOGETHER = 8  # a larger batch saves little, and its first image waits for its last
+
+
+_entered: ContextVar[int] = ContextVar("entered", default=-1)  # the request that a task works for
 
 
 class EngineMetrics(Observer, Protocol):
@@ -77,7 +82,8 @@ class Engine:
         self._pace = Pace(max_rows=max_rows, max_queue=max_queue, target_s=latency_target_s)
         self._metrics = metrics
         self._queue: FairQueue[Waiter] = FairQueue()
-        self._entering: deque[float] = deque()  # when those came whose body is being read
+        self._entering: dict[int, tuple[float, str]] = {}  # whose body is being read: when, who
+        self._numbers = count()
         self._ready: deque[Waiter] = deque()  # encoded
         self._running: dict[Captioner, dict[int, Waiter]] = {}  # by slot; the stepper's own
         self._rows_ahead = 0  # of images that are encoded or being encoded
@@ -100,19 +106,31 @@ class Engine:
         """Returns how many images may wait now before one that has until `deadline`."""
         return self._pace.places(deadline)
 
-    def enter(self, deadline: float | None = None) -> None:
-        """Lets a request in whose body is still to be read.
+    @contextmanager
+    def entering(self, deadline: float | None = None) -> Iterator[None]:
+        """Lets a request in whose body is still to be read; its first `place` ends that.
 
         Raises:
-            QueueFull: Its image would find no place now. Those who were let in just before count,
-                for a moment: whoever sends slowly must not keep others out.
+            QueueFull: Its image would find no place now. Where half of the places are taken, others
+                of its caller that were let in just before count, for a moment: those who send
+                slowly, or nothing, must not keep others out.
         """
-        now = time.monotonic()
+        now, name = time.monotonic(), caller().name
         with self._changed:
-            while self._entering and self._entering[0] < now - _ENTERING_S:
-                self._entering.popleft()
-            self._check_room(len(self._entering), deadline)
-            self._entering.append(now)
+            while self._entering and next(iter(self._entering.values()))[0] < now - _ENTERING_S:
+                del self._entering[next(iter(self._entering))]
+            is_busy = 2 * self._queue.claimed >= self._pace.places(deadline)
+            before = sum(one == name for _, one in self._entering.values()) if is_busy else 0
+            self._check_room(before, deadline)
+            number = next(self._numbers)
+            self._entering[number] = now, name
+        token = _entered.set(number)
+        try:
+            yield
+        finally:
+            _entered.reset(token)
+            with self._changed:
+                self._entering.pop(number, None)
 
     @contextmanager
     def place(self, deadline: float | None = None) -> Iterator[None]:
@@ -123,8 +141,7 @@ class Engine:
         """
         name = caller().name
         with self._changed:
-            if self._entering:
-                self._entering.popleft()
+            self._entering.pop(_entered.get(), None)
             self._check_room(0, deadline)
             self._queue.announce(name)
         try:
@@ -188,7 +205,7 @@ class Engine:
             if self._closed:
                 raise NotReady("The server is closing: it takes no more images.")
             if len(self._queue) >= self._pace.places(waiter.deadline):
-                refusal = self._full()
+                refusal = self._full(self._queue.claimed)
                 loser = self._queue.make_room(waiter)
                 if loser is None:
                     raise refusal
@@ -197,12 +214,12 @@ class Engine:
             self._changed.notify_all()
 
     def _check_room(self, more: int, deadline: float | None) -> None:
-        is_full = self._queue.claimed + more >= self._pace.places(deadline)
+        waiting = self._queue.claimed + more
+        is_full = waiting >= self._pace.places(deadline)
         if is_full and not self._queue.has_better_right(caller().name):
-            raise self._full()
+            raise self._full(waiting)
 
-    def _full(self) -> QueueFull:
-        waiting = self._queue.claimed
+    def _full(self, waiting: int) -> QueueFull:
         return QueueFull(
             f"{waiting} images wait already.", retry_after=self._pace.retry_after(waiting)
         )

@@ -10,7 +10,7 @@ several replicas let through as many times more.
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -29,6 +29,7 @@ from serving.problem import not_offered, problem
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_HEADERS = 100
+_SHORT = 1024 * 1024  # bytes of a body that a connection may go on after, unread
 _ADMIN = "/v1/admin"
 PROBES = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 _PAGES = {"page": ("/",), "docs": ("/docs", "/openapi.json"), "metrics": ("/metrics",)}
@@ -52,7 +53,7 @@ class Guard:
         keys: KeyRing | None,
         open_pages: Collection[str],
         held_requests: Budget,
-        let_in: Callable[[Scope], None],
+        entering: Callable[[Scope], AbstractContextManager[None]],
         metrics: GuardMetrics,
     ) -> None:
         """Wraps `app`.
@@ -62,7 +63,7 @@ class Guard:
             keys: Whom to let in; None: everybody.
             open_pages: What of `page`, `docs` and `metrics` needs no key.
             held_requests: How many requests of keys may run at once.
-            let_in: Raises QueueFull for a request that would be refused when it is read.
+            entering: Around a request; raises QueueFull if it would be refused when it is read.
             metrics: Counts refusals.
         """
         self.app = app
@@ -70,7 +71,7 @@ class Guard:
         self._open = {*PROBES, *(path for page in open_pages for path in _PAGES[page])}
         self._below = tuple(_BELOW[page] for page in open_pages if page in _BELOW)
         self._held_requests = held_requests
-        self._let_in = let_in
+        self._entering = entering
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,12 +93,15 @@ class Guard:
                 stack.enter_context(calling(caller))
                 if caller.name:
                     stack.enter_context(self._held_requests.share())(1)
-                self._let_in(scope)
+                stack.enter_context(self._entering(scope))
             except CaptionError as error:
                 if reason := _reason(error):
                     self._metrics.request_refused(reason)
                 scope["state"]["error"] = error.title
-                answer: ASGIApp = problem(error, request_id)
+                refusal = problem(error, request_id)
+                if not _is_short(scope):
+                    refusal.headers["Connection"] = "close"  # nobody reads the rest of the body
+                answer: ASGIApp = refusal
             else:
                 answer = self.app
             await answer(scope, receive, send)
@@ -151,6 +155,13 @@ def _presented(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[str]:
             scheme, _, secret = value.decode("latin-1").strip().partition(" ")
             if scheme.lower() == "bearer":
                 yield secret.strip()
+
+
+def _is_short(scope: Scope) -> bool:
+    """Returns whether a body says that it ends soon; what is not read is let go by unbounded."""
+    lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+    chunked = any(name == b"transfer-encoding" for name, _ in scope["headers"])
+    return not chunked and all(one.isdigit() and int(one) <= _SHORT for one in lengths)
 
 
 def _check_size(scope: Scope) -> None:

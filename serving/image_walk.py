@@ -16,6 +16,8 @@ from serving.errors import UndecodableImage
 
 _PIECES = 1_000  # segments, chunks, tags: what stands around the pixels
 _COMPRESSED = 32  # of those in a PNG, which may hold a MiB each
+_EXIF = 32  # segments of a JPEG, which Pillow puts together, copying all before each
+_PARTS = 20_000  # chunks of pixels in a PNG; 1 KB each, they hold 20 MB
 _JUNK = 4_096  # bytes of a JPEG's head that belong to nothing; Pillow reads them one by one
 _BLOCKS = 20_000  # of up to 255 bytes, in the extensions of a GIF
 _STRIPS = 500_000
@@ -23,8 +25,12 @@ _SCANNED = 2_000_000_000  # pixels of all scans of a JPEG: fifty times the large
 
 _MARKER = re.compile(rb"[^\xff]*+\xff++(?=.)", re.DOTALL)
 _BARE_MARKERS = frozenset((0x00, 0xC8, *range(0xD0, 0xDA), *range(0xF0, 0xFE)))
-_SOS = 0xDA
+_SOS, _APP1 = 0xDA, 0xE1
+# The head of a scan of one to four components; its length says how many.
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 _PNG_COMPRESSED = (b"iCCP", b"zTXt", b"iTXt")
+_PNG_PIXELS = (b"IDAT", b"fcTL", b"fdAT")
+_TIFF_COMPRESSION, _TIFF_RAW = 259, 1
 _TIFF_OFFSETS, _TIFF_COUNTS = (273, 324), (279, 325)  # of strips, of tiles
 _TIFF_NUMBERS = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 16: "u8", 17: "i8"}
 
@@ -43,12 +49,12 @@ def check_scans(body: bytes, pixels: int) -> None:
     """Looks at how often a JPEG goes over its pixels.
 
     A progressive one may do so any number of times, by some fifty bytes each, and each costs as
-    much as the first. Counted is what looks like the start of a scan, in previews too.
+    much as the first. Counted are heads of scans wherever they stand, in previews too.
 
     Raises:
         UndecodableImage: Far more often than any encoder makes it.
     """
-    if body.count(b"\xff\xda") * pixels > _SCANNED:
+    if sum(1 for _ in _SCAN.finditer(body)) * pixels > _SCANNED:
         raise UndecodableImage("The JPEG file goes over its pixels too often: save it anew.")
 
 
@@ -57,7 +63,7 @@ def _too_many(kind: str, what: str) -> UndecodableImage:
 
 
 def _check_jpeg(body: bytes) -> None:
-    at, junk = 2, 0
+    at, junk, exif = 2, 0, 0
     for _ in range(_PIECES):
         while True:
             found = _MARKER.match(body, at)
@@ -73,23 +79,26 @@ def _check_jpeg(body: bytes) -> None:
             if marker not in _BARE_MARKERS:
                 break
             junk += 2
+        exif += marker == _APP1 and body[at + 2 : at + 8] == b"Exif\0\0"
+        if exif > _EXIF:
+            raise _too_many("JPEG", f"more than {_EXIF} EXIF segments")
         at += max(int.from_bytes(body[at : at + 2]), 2)
     raise _too_many("JPEG", f"more than {_PIECES:,} segments before its pixels")
 
 
 def _check_png(body: bytes) -> None:
-    pieces = compressed = 0
-    at, seen_pixels = 8, False
-    while at + 8 <= len(body):
+    pieces = compressed = parts = 0
+    at, name = 8, b""
+    while at + 8 <= len(body) and name != b"IEND":
         length, name = int.from_bytes(body[at : at + 4]), body[at + 4 : at + 8]
         at += 12 + length
-        if name == b"IDAT":
-            seen_pixels = True
-            continue
-        if name == b"IEND" or (name == b"fcTL" and seen_pixels):
-            return  # other pictures of an animation are never read
-        pieces += 1
-        compressed += name in _PNG_COMPRESSED
+        if name in _PNG_PIXELS:
+            parts += 1
+        else:
+            pieces += 1
+            compressed += name in _PNG_COMPRESSED
+        if parts > _PARTS:
+            raise _too_many("PNG", f"its pixels in more than {_PARTS:,} chunks")
         if pieces > _PIECES or compressed > _COMPRESSED:
             raise _too_many("PNG", "too many texts, profiles or other chunks beside its pixels")
 
@@ -130,8 +139,11 @@ def _check_tiff(body: bytes) -> None:
     order = "<" if body.startswith(b"II") else ">"
     tags = _tiff_tags(body, order)
     offsets = counted = 0
-    claimed = 0.0
+    claimed, is_raw = 0.0, True
     for tag, kind, count, at in tags:
+        if tag == _TIFF_COMPRESSION:
+            (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), body, at)
+            is_raw = is_raw and value == _TIFF_RAW
         if tag not in _TIFF_OFFSETS + _TIFF_COUNTS or kind not in _TIFF_NUMBERS:
             continue
         if count > _STRIPS:
@@ -148,7 +160,7 @@ def _check_tiff(body: bytes) -> None:
         counted += 1
     if not counted:
         claimed = offsets * len(body)  # what libtiff takes the strips for
-    if claimed > 2 * len(body):
+    if claimed > 2 * len(body) and not is_raw:  # Pillow reads raw ones by their pixels
         raise _too_many("TIFF", "strips that lie over one another")
 
 

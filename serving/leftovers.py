@@ -19,6 +19,8 @@ from pathlib import Path
 MARK = "CUTLINE_CLUSTER"
 """Stands in the environment of every process that belongs to a server."""
 
+_PATIENCE_S = 15.0
+
 
 @contextmanager
 def none_left(mark: str, folder: Path) -> Iterator[None]:
@@ -44,13 +46,17 @@ def none_left(mark: str, folder: Path) -> Iterator[None]:
 def end_marked(mark: str) -> None:
     """Ends the processes with a mark, but for this one: kindly, and after a second by force."""
     wanted = f"{MARK}={mark}".encode()
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    number = signal.SIGTERM
+    until = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < until:  # one that dies may have started another meanwhile
         left = [pid for pid in _others() if wanted in _environment_of(pid)]
+        if not left:
+            return
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-        if left:
-            time.sleep(1.0)
+        number = signal.SIGKILL
+        time.sleep(1.0)
 
 
 def _others() -> list[int]:

@@ -1,18 +1,17 @@
 """The server's log: one line of JSON or of text for each thing that happened, to stderr.
 
 One line a request, written by `log_request`; of those refused with 429, which come in floods, one a
-second for each key, with how often. What the server and uvicorn have to say besides comes in the
-same form. A log is read by many and kept for long, so nothing of a request's body gets into it: no
-image, no name that a client made up, and no caption unless the settings say so. What others write
-about a request's failure might quote it, so from them only the kind of failure is taken and where
-it happened.
+second for each kind, with how many they were. What the server and uvicorn have to say besides comes
+in the same form. A log is read by many and kept for long, so nothing of a request's body gets into
+it: no image, no name that a client made up, and no caption unless the settings say so. What others
+write about a request's failure might quote it, so from them only the kind of failure is taken and
+where it happened.
 """
 
+import asyncio
 import json
 import logging
-import math
 import sys
-import time
 import traceback
 from collections.abc import Hashable, Mapping, Sequence
 from contextvars import ContextVar
@@ -29,6 +28,7 @@ state: ContextVar[dict[str, Any] | None] = ContextVar("state", default=None)
 # Probes and scrapes come every few seconds, all alike: only what goes wrong with them is told.
 _QUIET_ROUTES = ("health", "metrics")
 _LOUD = 400
+_REST_S = 1.0
 _OURS = ("serving", "exports")
 _OTHERS = ("uvicorn", "asyncio", "concurrent.futures", "python_multipart")
 # Errors whose words are about this machine or the model's graphs, never about a request's body.
@@ -70,15 +70,15 @@ def log_request(noted: Mapping[str, Any], route: str, code: int, seconds: float)
     """
     if route in _QUIET_ROUTES and code < _LOUD:
         return
-    times = 1
-    if code == HTTPStatus.TOO_MANY_REQUESTS:
-        times = _refusals.due((noted.get("key", ""), noted.get("error", "")))
-        if not times:
-            return
     fields = {"route": route, "code": code, "seconds": round(seconds, 4)}
     fields |= {name: noted[name] for name in _NOTED if noted.get(name) is not None}
-    if times > 1:
-        fields["times"] = times
+    if code == HTTPStatus.TOO_MANY_REQUESTS:
+        _refusals.tell((route, fields.get("key"), fields.get("error")), fields)
+    else:
+        _write(fields)
+
+
+def _write(fields: Mapping[str, Any]) -> None:
     _requests.info("request", extra={"fields": fields})
 
 
@@ -91,22 +91,28 @@ API key, `captions` the texts, noted only where the settings allow it.
 
 
 class Refusals:
-    """Counts what comes in floods, so that a line a second stands for all of a kind."""
+    """Tells of what comes in floods: the first of a kind at once, then all by a line a second."""
 
     def __init__(self) -> None:
-        self._kinds: dict[
-            Hashable, tuple[float, int]
-        ] = {}  # when the last line was, how many since
+        """Starts with nothing to tell."""
+        self._more: dict[Hashable, int] = {}  # how many came since the last line of their kind
 
-    def due(self, kind: Hashable) -> int:
-        """Counts one, and returns how many a line now stands for; 0: it is too early for one."""
-        now = time.monotonic()
-        last, count = self._kinds.get(kind, (-math.inf, 0))
-        if now - last < 1:
-            self._kinds[kind] = last, count + 1
-            return 0
-        self._kinds[kind] = now, 0
-        return count + 1
+    def tell(self, kind: Hashable, fields: dict[str, Any]) -> None:
+        """Writes a line, or counts it for the next one; within an event loop."""
+        if kind in self._more:
+            self._more[kind] += 1
+            return
+        _write(fields)
+        self._wait(kind, fields)
+
+    def _wait(self, kind: Hashable, fields: dict[str, Any]) -> None:
+        self._more[kind] = 0
+        asyncio.get_running_loop().call_later(_REST_S, self._flush, kind, fields)
+
+    def _flush(self, kind: Hashable, fields: dict[str, Any]) -> None:
+        if times := self._more.pop(kind):
+            _write(fields | {"times": times})
+            self._wait(kind, fields)
 
 
 _refusals = Refusals()

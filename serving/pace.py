@@ -13,6 +13,7 @@ _FIRST_S = 0.1  # of an image, before one was captioned
 _SHARE = 0.1  # of the newest in the running mean
 _FEWER = 0.9  # of the rows that run together, when an image took too long
 _PROMISED = 0.8  # of the time until a deadline: the pace may fall while an image waits
+_LEAST = 16  # places, or a request of several images would never find them where images are slow
 _LONGEST_RETRY_S = 60
 
 
@@ -55,7 +56,7 @@ class Pace:
         if deadline is None:
             return self._max_queue
         in_time = _PROMISED * (deadline - time.monotonic()) / self._image_s
-        return min(self._max_queue, max(1, int(in_time)))
+        return min(self._max_queue, max(_LEAST, int(in_time)))
 
     def retry_after(self, waiting: int) -> int:
         """Returns the seconds in which so many that wait are captioned."""

@@ -33,7 +33,6 @@ _READERS = [
 _SECONDS_FOR_ONE = 10
 _MEGABYTES = 2048
 _LONGEST = 4096  # bytes of an input
-_FAILED = re.compile(r"^(?:=+ *)?(Uncaught Python exception|SUMMARY: libFuzzer: .*)", re.MULTILINE)
 _EXECUTED = re.compile(r"stat::number_of_executed_units: (\d+)|^Done (\d+) runs", re.MULTILINE)
 _COVERED = re.compile(r" cov: (\d+)")
 _LIBC = ctypes.CDLL(None)

@@ -80,7 +80,7 @@ def chat(body):
 
 def feedback(body):
     """A correction; see `captions`."""
-    _read_request(_feedback, body, lambda found: found.fields)
+    _read_request(read_feedback, body, lambda found: found.fields)
 
 
 def tensors(body):
@@ -144,10 +144,6 @@ def _read_request(read, body, check):
         _is_the_client_s(error)
     else:
         assert check(found)
-
-
-async def _feedback(request, settings, take):
-    return await read_feedback(request, settings, take)
 
 
 def _is_the_client_s(error):

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from serving.leftovers import MARK
+
 CONTROLLER = b"ray::ServeController"
 GCS = b"gcs_server"
 HAPROXY = b"/haproxy\0-db"
@@ -21,7 +23,7 @@ def mark_of(pid: int) -> bytes:
     """Returns the mark that a server gave its cluster, from one of its children."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     entries = [entry for child in children for entry in _environment(int(child))]
-    return next(entry for entry in entries if entry.startswith(b"CUTLINE_CLUSTER="))
+    return next(entry for entry in entries if entry.startswith(f"{MARK}=".encode()))
 
 
 async def until(is_so: Callable[[], bool], within_s: float = 120.0) -> float:

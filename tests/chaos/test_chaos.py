@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Start, requests_to
 from outcomes import Outcomes, evenly, offer, probe
-from processes import REPLICA, mark_of, marked
+from processes import REPLICA, mark_of, marked, until
 from under_load import Served
 
 from exports.registry import Registry
@@ -25,11 +25,8 @@ def replicas(pid: int) -> list[int]:
 
 async def alive(pid: int, count: int) -> list[int]:
     """Waits until there are so many replicas."""
-    end = time.monotonic() + 120
-    while len(found := await asyncio.to_thread(replicas, pid)) < count:
-        assert time.monotonic() < end, found
-        await asyncio.sleep(0.2)
-    return found
+    await until(lambda: len(replicas(pid)) >= count)
+    return replicas(pid)
 
 
 @pytest.mark.chaos

@@ -13,6 +13,7 @@ import pytest
 from live import running
 
 from exports.registry import Registry
+from serving.guard import PROBES
 from serving.keys import make_key
 
 HERE = Path(__file__).parent
@@ -68,7 +69,13 @@ def test_with_keys_every_door_asks_for_one(root, tmp_path):
         code, said = contract(
             live, tmp_path, "--max-examples", "1", "--phases", "fuzzing", "--header", header
         )
+        without = {
+            path: live.client.request(method, path.format(model="tiny", version="1")).status_code
+            for path, methods in live.client.get("/openapi.json").json()["paths"].items()
+            for method in methods
+        }
     assert code == 0, said
+    assert {path for path, status in without.items() if status != 401} == set(PROBES)
 
 
 @pytest.mark.chaos

@@ -6,11 +6,13 @@ import threading
 import time
 import weakref
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from serving import engine as engine_module
 from serving.caller import Caller, calling
 from serving.captioner import Captioner
 from serving.decode_image import ImageLimits, decode_image
@@ -355,6 +357,29 @@ def test_an_image_that_is_being_decoded_has_its_place(make_engine):
         return await texts([first, *waiting])
 
     assert asyncio.run(scenario()) == ["0", "1", "2"]
+
+
+def test_who_was_let_in_counts_until_its_image_has_a_place_and_not_for_long(
+    make_engine, monkeypatch
+):
+    engine = make_engine(max_queue=4)
+    full = pytest.raises(QueueFull, match="4 images wait")
+    with ExitStack() as idle:
+        for _ in range(9):  # whoever sends nothing does not fill an idle server
+            idle.enter_context(engine.entering())
+    with engine.place(), engine.place(), engine.entering():
+        with engine.entering():
+            with full, engine.entering():
+                pass
+            with calling(Caller("another")), engine.entering():
+                pass  # a flood of one caller's requests is nobody else's
+            with engine.place(), engine.place(), full, engine.place():
+                pass
+        with engine.entering():
+            pass  # one left, and gave up what it had
+        monkeypatch.setattr(engine_module, "_ENTERING_S", 0)
+        with engine.entering(), engine.entering(), engine.entering():
+            pass  # who is slow keeps nobody out
 
 
 def test_a_flood_of_one_key_does_not_starve_another_s_image(make_engine):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 
 import pytest
 from live import PNG, as_base64, captions_of, check_problem, head, running, send, until
@@ -115,6 +116,16 @@ def test_the_answer_comes_before_a_byte_of_the_body(live):
     request = request.replace(b"Expect", b"Connection: close\r\nExpect")
     answer = send(live, request)
     assert answer.startswith(b"HTTP/1.1 401 ")  # and no 100 Continue before it
+
+
+def test_who_is_refused_cannot_go_on_sending_without_end(live):
+    chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    for request in (head(10_000_000), chunked + b"1\r\na\r\n"):
+        assert send(live, request).startswith(b"HTTP/1.1 401 ")  # until the server closes
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
+        for _ in range(2):  # what is short may be sent to its end: the connection goes on
+            connection.sendall(head(3) + b"abc")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
 
 
 def test_what_is_below_admin_needs_an_admin_key(live, keys):

@@ -74,6 +74,13 @@ DAMAGED = {
     ),
     "chunks": lambda: png_of(*[(b"tEXt", b"")] * 80_000),
     "chunks after the pixels": lambda: png_of()[:-12] + png_chunk(b"tEXt", b"") * 80_000,
+    "pixels in empty chunks": lambda: png_of(*[(b"IDAT", b"")] * 200_000),
+    "profiles behind a frame": lambda: (
+        png_of()[:-12]
+        + png_chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 1, 1, 0, 0, 1, 1, 0, 0))
+        + png_chunk(b"iCCP", b"a\0\0" + MEGABYTE) * 1000
+    ),
+    "large EXIF segments": lambda: jpeg(segment(0xE1, b"Exif\0\0" + bytes(16_000)) * 200),
     "EXIF segments": lambda: jpeg(segment(0xE1, b"Exif\0\0" + bytes(40)) * 40_000),
     "empty segments": lambda: jpeg(segment(0xE5) * 200_000),
     "segments that are shorter than they can be": lambda: jpeg(b"\xff\xe5\0\0" * 200_000),
@@ -97,7 +104,7 @@ def kilobytes(key):
     return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def refusal(body, error=UndecodableImage):
+def refusal(body):
     """Returns the processor seconds and the kilobytes that a refusal costs."""
     decode_image(picture(0), SPEC, ImageLimits())
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
@@ -130,13 +137,21 @@ HARMLESS = {
     "a PNG with a large profile": lambda: saved("PNG", icc_profile=bytes(900_000)),
     "a WebP with a large profile": lambda: saved("WEBP", icc_profile=bytes(3_000_000)),
     "a GIF with a long comment": lambda: saved("GIF", comment=b"a" * 200_000),
-    "a JPEG with a film behind it": lambda: picture(0, format="JPEG") + b"\xff\xda" * 1000,
+    "a JPEG with a film behind it": lambda: (
+        picture(0, format="JPEG", size=(4_000, 3_000)) + b"\xff\xda" * 100_000
+    ),
+    "a GIF with a film's worth of comments behind its picture": lambda: (
+        saved("GIF")[:-1] + b"\x21\xfe" + b"\1A" * 2_000_000 + b"\0;"
+    ),
     "a progressive JPEG": lambda: picture(0, format="JPEG", size=(1_600, 1_200), progressive=True),
     "a JPEG of some scans": lambda: scans(640, 480, 20),
     "a PNG with texts": lambda: png_of(
         *[(b"tEXt", b"a\0b")] * 300, *[(b"zTXt", b"a\0\0" + MEGABYTE)]
     ),
     "a TIFF of one row a strip": lambda: saved("TIFF", Image.new("L", (16, 9_000)), strip_size=16),
+    "a raw TIFF whose strips have no lengths": lambda: strips(
+        8, PIXELS, counts=False, compression=1
+    ),
     "a TIFF whose strip has no length": lambda: strips(1, PIXELS, counts=False, compression=1),
 }
 
@@ -157,8 +172,8 @@ def test_tiffs_of_either_order_are_looked_through(order):
     assert body.getvalue()[:2] == (b"II" if order == "little" else b"MM")
     assert decode_image(body.getvalue(), SPEC, ImageLimits()).shape == (32, 48, 3)
     letter = "<" if order == "little" else ">"
-    entry = struct.pack(letter + "HHII", 279, 4, 2, 26)
+    entries = struct.pack(letter + "HHIHHHHII", 259, 3, 1, 8, 0, 279, 4, 2, 38)
     twice = struct.pack(letter + "II", 900, 900) + bytes(800)
-    head = body.getvalue()[:4] + struct.pack(letter + "IH", 8, 1)
+    head = body.getvalue()[:4] + struct.pack(letter + "IH", 8, 2)
     with pytest.raises(UndecodableImage, match="over one another"):
-        decode_image(head + entry + bytes(4) + twice, SPEC, ImageLimits())
+        decode_image(head + entries + bytes(4) + twice, SPEC, ImageLimits())

@@ -48,15 +48,28 @@ def requests(lines):
 
 
 def test_of_what_is_refused_in_floods_one_line_a_second_stands_for_all(logged, monkeypatch):
-    lines, now = logged("json"), 100.0
+    lines = logged("json")
     monkeypatch.setattr(logs, "_refusals", logs.Refusals())
-    monkeypatch.setattr(logs.time, "monotonic", lambda: now)
-    for moment, key in ((0, "a"), (0.3, "a"), (0.4, "b"), (0.9, "a"), (1.1, "a"), (1.2, "b")):
-        now = 100 + moment
-        logs.log_request({"key": key, "error": "Queue full"}, "captions", 429, 0.01)
-    logs.log_request({"key": "a"}, "captions", 200, 0.2)
-    told = [(line.get("key"), line["code"], line.get("times")) for line in requests(lines())]
-    assert told == [("a", 429, None), ("b", 429, None), ("a", 429, 3), ("a", 200, None)]
+    monkeypatch.setattr(logs, "_REST_S", 0.05)
+
+    async def flood():
+        for key in ("a", "a", "b", "a", "a"):
+            logs.log_request({"key": key, "error": "Queue full"}, "captions", 429, 0.01)
+        logs.log_request({"key": "a"}, "captions", 200, 0.2)
+        await asyncio.sleep(0.2)
+        logs.log_request({"key": "a", "error": "Queue full"}, "captions", 429, 0.01)
+        await asyncio.sleep(0.1)
+
+    asyncio.run(flood())
+    told = [(line["key"], line["code"], line.get("times")) for line in requests(lines())]
+    assert told == [
+        ("a", 429, None),
+        ("b", 429, None),
+        ("a", 200, None),
+        ("a", 429, 3),
+        ("a", 429, None),
+    ]
+    assert not logs._refusals._more
 
 
 def test_a_request_is_one_line_of_json(root, logged, photos):
