@@ -85,6 +85,7 @@ Scenario = Callable[[Served, argparse.Namespace], "asyncio.Future[list[Goal]]"]
 
 async def swaps(served: Served, arguments: argparse.Namespace) -> list[Goal]:
     """Swaps one way and the other under a steady load, after the same load without."""
+    count = arguments.swaps or 50
     rate = STEADY * await _saturation(served, arguments)
     moments = evenly(rate, arguments.seconds)
     before = await offer(served.port, served.requests, moments)
@@ -92,7 +93,7 @@ async def swaps(served: Served, arguments: argparse.Namespace) -> list[Goal]:
 
     async def swapping() -> list[float]:
         try:
-            return await swap_back_and_forth(served, arguments.swaps, arguments.every)
+            return await swap_back_and_forth(served, count, arguments.every)
         finally:
             done.set()
 
@@ -104,7 +105,7 @@ async def swaps(served: Served, arguments: argparse.Namespace) -> list[Goal]:
     )
     return [
         note("requests a second, 60 % of saturation", f"{rate:.1f}"),
-        exactly("swaps", served.swaps() - 1, arguments.swaps),
+        exactly("swaps", served.swaps() - 1, count),
         *_unharmed(before, during, served),
         exactly("times not ready", ready.refused, 0),
         at_most("longest gap between answers", during.longest_gap(), GAP_S, " s"),
@@ -195,15 +196,18 @@ async def slow_bodies(served: Served, arguments: argparse.Namespace) -> list[Goa
 
 async def soak(served: Served, arguments: argparse.Namespace) -> list[Goal]:
     """Sends requests and swaps until memory would have grown if anything leaked."""
-    warm = max(2, arguments.swaps // 10)
+    count = arguments.swaps or 200
+    warm = max(2, count // 10)
     parts: list[Outcomes] = []
     memory: list[int] = []
-    for count, swaps_now in (
+    for requests, swaps_now in (
         (arguments.requests // 10, warm),
-        (arguments.requests - arguments.requests // 10, arguments.swaps - warm),
+        (arguments.requests - arguments.requests // 10, count - warm),
     ):
         swapping = swap_back_and_forth(served, swaps_now, 0.0)
-        loading = saturate(served.port, served.requests, clients=4, seconds=math.inf, count=count)
+        loading = saturate(
+            served.port, served.requests, clients=4, seconds=math.inf, count=requests
+        )
         _, found = await asyncio.gather(swapping, loading)
         parts.append(found)
         await settled(served)
@@ -212,7 +216,7 @@ async def soak(served: Served, arguments: argparse.Namespace) -> list[Goal]:
     growth = memory[1] / memory[0] - 1
     return [
         exactly("requests", sum(len(part.all) for part in parts), arguments.requests),
-        exactly("swaps", served.swaps() - 1, arguments.swaps),
+        exactly("swaps", served.swaps() - 1, count),
         exactly("failed requests", sum(part.failed for part in parts), 0),
         exactly("mixed answers", sum(part.mixed(served.expected) for part in parts), 0),
         note("memory after a tenth", f"{memory[0] / 1e6:.1f} MB"),
@@ -348,7 +352,7 @@ if __name__ == "__main__":
     made.add_argument("--count", type=int, default=64, help="photographs, at most")
     made.add_argument("--seconds", type=float, default=60.0, help="of a load")
     made.add_argument("--saturate", type=float, default=20.0, help="seconds to find saturation")
-    made.add_argument("--swaps", type=int, default=50)
+    made.add_argument("--swaps", type=int, help="default: 50; of the soak 200")
     made.add_argument("--every", type=float, default=1.0, help="seconds between two swaps")
     made.add_argument("--factor", type=float, default=10.0, help="of the overload")
     made.add_argument("--deadline", type=float, default=30.0, help="the server's, in seconds")
