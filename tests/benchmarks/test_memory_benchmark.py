@@ -22,7 +22,9 @@ def test_memory_is_in_megabytes_and_counts_children() -> None:
     assert before.rss >= before.pss > 0
     with mmap.mmap(-1, 50_000_000) as held:
         held.write(b"x" * len(held))
-        assert memory_of(os.getpid()).rss - before.rss == pytest.approx(50, abs=5)
+        # The least of some: one that another thread is just forking counts all of it again.
+        grown = min(memory_of(os.getpid()).rss for _ in range(5)) - before.rss
+        assert grown == pytest.approx(50, abs=5)
     script = "held = b'x' * 30_000_000; print(flush=True); input()"
     child = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -12,3 +12,6 @@ schemathesis.openapi.format("binary", st.sampled_from(_FILES))
 schemathesis.openapi.format(
     "byte", st.sampled_from([base64.b64encode(body).decode() for body in _FILES])
 )
+# Its own files for these types are black, for which the tiny bundle's numbers are not finite.
+for kind in ("jpeg", "png", "webp", "gif"):
+    schemathesis.openapi.media_type(f"image/{kind}", st.sampled_from(_FILES))

@@ -151,7 +151,7 @@ def png_of(*chunks, size=(8, 8)):
     """Returns a grey PNG with chunks before its pixels."""
     width, height = size
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    rows = zlib.compress(bytes((width + 1) * height))
+    rows = zlib.compress((b"\0" + b"\x80" * width) * height)
     pieces = ((b"IHDR", head), *chunks, (b"IDAT", rows), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*piece) for piece in pieces)
 

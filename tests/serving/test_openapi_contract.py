@@ -85,7 +85,7 @@ def test_every_door_does_so_for_minutes(root, tmp_path, with_keys):
     options = ["--max-examples", "300"]
     if with_keys:
         settings["keys_file"] = tmp_path / "keys.json"
-        options += ["--header", f"X-API-Key: {make_key(settings['keys_file'], 'ci')}"]
+        options += ["--header", f"Authorization: Bearer {make_key(settings['keys_file'], 'ci')}"]
     with running(root, **settings) as live:
         code, said = contract(live, tmp_path, *options)
     assert code == 0, said
