@@ -25,12 +25,13 @@ from serving.edge import REQUEST_ID
 from serving.engine import Engine
 from serving.haproxy import (
     environment,
+    is_haproxy,
     replica_ports,
     running_requests,
     stop_listening,
     write_start_script,
 )
-from serving.leftovers import MARK, none_left
+from serving.leftovers import MARK, marked, none_left
 from serving.local import announce, warn_if_open
 from serving.logs import log_to_stderr
 from serving.metrics import Metrics
@@ -211,9 +212,17 @@ def _run(settings: Settings, folder: Path, stop: threading.Event) -> None:
 
 
 def _drain(folder: Path, at_most_s: float) -> None:
-    """Takes no new connections and waits for the requests that run."""
+    """Takes no new connections and waits for the requests that run.
+
+    Each change of the replicas starts another HAProxy; the one before lives on for its requests.
+    """
     end = time.monotonic() + at_most_s
     with suppress(OSError, ValueError):  # HAProxy is gone: nothing to wait for
         stop_listening(folder)
-        while running_requests(folder) and time.monotonic() < end:
+        while time.monotonic() < end and (running_requests(folder) or _haproxies() > 1):
             time.sleep(0.05)
+            stop_listening(folder)  # another HAProxy may have come that was not told
+
+
+def _haproxies() -> int:
+    return sum(is_haproxy(pid) for pid in marked(os.environ[MARK]))

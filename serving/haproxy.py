@@ -166,6 +166,14 @@ def stop_listening(folder: Path) -> None:
     _command(folder, f"disable frontend {_FRONTEND}")
 
 
+def is_haproxy(pid: int) -> bool:
+    """Returns whether a process is one of HAProxy's."""
+    try:
+        return b"/haproxy\0-db" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
+
+
 def running_requests(folder: Path) -> int:
     """Returns the number of requests that HAProxy waits for."""
     lines = _command(folder, "show stat").splitlines()

@@ -45,11 +45,10 @@ def none_left(mark: str, folder: Path) -> Iterator[None]:
 
 def end_marked(mark: str) -> None:
     """Ends the processes with a mark, but for this one: kindly, and after a second by force."""
-    wanted = f"{MARK}={mark}".encode()
     number = signal.SIGTERM
     until = time.monotonic() + _PATIENCE_S
     while time.monotonic() < until:  # one that dies may have started another meanwhile
-        left = [pid for pid in _others() if wanted in _environment_of(pid)]
+        left = marked(mark)
         if not left:
             return
         for pid in left:
@@ -57,6 +56,12 @@ def end_marked(mark: str) -> None:
                 os.kill(pid, number)
         number = signal.SIGKILL
         time.sleep(1.0)
+
+
+def marked(mark: str) -> list[int]:
+    """Returns the processes with a mark, but for this one."""
+    wanted = f"{MARK}={mark}".encode()
+    return [pid for pid in _others() if wanted in _environment_of(pid)]
 
 
 def _others() -> list[int]:

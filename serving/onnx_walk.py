@@ -6,7 +6,6 @@ buffer (https://protobuf.dev/programming-guides/encoding), so that ONNX Runtime 
 does not pass, and the server needs no `onnx`.
 """
 
-import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,9 +15,6 @@ _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
 _FIXED = {_I64: 8, _I32: 4}
 _MAX_VARINT_BYTES = 10
 _MAX_TAG = 2**32 - 1
-# A server captions while a bundle is looked through; its threads want the interpreter, for which
-# they wait 5 ms each time that nobody gives it up. So this does, every millisecond or so.
-_MESSAGES, _REST_S = 100, 0.0002
 _ORT_MAGIC = b"ORTM"  # at byte 4, ONNX Runtime reads its own format instead
 
 # By message, what its fields are that lead to tensors and nodes; of onnx.proto3, IR version 13.
@@ -65,12 +61,9 @@ def check_graph(what: str, body: bytes) -> None:
         raise BundleRejected(f"{what} is in ONNX Runtime's own format, not in ONNX")
     operators: set[tuple[str, str]] = set()
     found_graph = False
-    messages, seen = [("model", 0, len(body))], 0
+    messages = [("model", 0, len(body))]
     try:
         while messages:
-            seen += 1
-            if seen % _MESSAGES == 0:
-                time.sleep(_REST_S)
             kind, start, end = messages.pop()
             operator = domain = ""
             for field in _fields(body, start, end):

@@ -35,6 +35,20 @@ async def until(is_so: Callable[[], bool], within_s: float = 120.0) -> float:
     return time.monotonic() - began
 
 
+def settled(mark: bytes, title: bytes) -> int:
+    """Returns the one process of that title when it has been the only one for two seconds.
+
+    A server that is ready may still be told of its replicas, by another HAProxy each time.
+    """
+    end, seen, since = time.monotonic() + 30, [0, 0], 0.0
+    while len(seen) != 1 or time.monotonic() - since < 2:
+        assert time.monotonic() < end, seen
+        if (now := marked(mark, title)) != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(0.1)
+    return seen[0]
+
+
 def _all() -> Iterator[tuple[int, list[bytes], bytes]]:
     for path in Path("/proc").iterdir():
         if path.name.isdecimal() and int(path.name) != os.getpid():

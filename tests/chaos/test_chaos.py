@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Start, requests_to
 from outcomes import Outcomes, evenly, offer, probe
-from processes import REPLICA, mark_of, marked, until
+from processes import HAPROXY, REPLICA, mark_of, marked, settled, until
+from servers import Running
 from under_load import Served
 
 from exports.registry import Registry
@@ -97,9 +98,8 @@ def test_a_registry_that_vanishes_for_a_minute(
     assert set(found.versions) == {"1", "2"}
 
 
-def drained(start: Start, bodies: list[bytes], *program: str) -> tuple[list[bytes], int]:
+def drained(server: Running, bodies: list[bytes]) -> tuple[list[bytes], int]:
     """Ends a server with SIGTERM in the middle of requests; returns their answers and its code."""
-    server = start(*program)
     served = Served(server.port, server.pid, Registry(), [], {})
 
     async def run() -> list[bytes]:
@@ -139,7 +139,7 @@ def ended(pid: int) -> int | None:
 def test_a_plain_server_that_is_told_to_end_answers_first(
     start: Start, bodies: list[bytes]
 ) -> None:
-    answers, code = drained(start, bodies, *PLAIN)
+    answers, code = drained(start(*PLAIN), bodies)
     assert (answers, code) == ([b"HTTP/1.1 200 OK\r\n"] * len(bodies), 0)
 
 
@@ -148,5 +148,7 @@ def test_a_plain_server_that_is_told_to_end_answers_first(
 def test_a_server_under_ray_that_is_told_to_end_answers_first(
     start: Start, bodies: list[bytes]
 ) -> None:
-    answers, code = drained(start, bodies, "-m", "serving", "up")
+    server = start("-m", "serving", "up")
+    settled(mark_of(server.pid), HAPROXY)
+    answers, code = drained(server, bodies)
     assert (answers, code) == ([b"HTTP/1.1 200 OK\r\n"] * len(bodies), 0)

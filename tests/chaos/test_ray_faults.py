@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from conftest import ROOT, Start, requests_to
 from outcomes import NO_ANSWER, Outcomes, evenly, offer
-from processes import CONTROLLER, GCS, HAPROXY, mark_of, marked, until
+from processes import CONTROLLER, GCS, HAPROXY, mark_of, marked, settled, until
 from servers import Running
 
 from exports.registry import Registry
@@ -62,20 +62,6 @@ def killed(
         f"{dict(found.statuses)}, gone for {gone:.1f} s, p99 {1000 * found.percentile(0.99):.0f} ms"
     )
     return found, at, gone
-
-
-def settled(mark: bytes, title: bytes) -> int:
-    """Returns the one process of that title when it has been the only one for two seconds.
-
-    A server that is ready may still be told of its replicas, by another HAProxy each time.
-    """
-    end, seen, since = time.monotonic() + 30, [0, 0], 0.0
-    while len(seen) != 1 or time.monotonic() - since < 2:
-        assert time.monotonic() < end, seen
-        if (now := marked(mark, title)) != seen:
-            seen, since = now, time.monotonic()
-        time.sleep(0.1)
-    return seen[0]
 
 
 def another(title: bytes) -> Callable[[bytes, int], bool]:
