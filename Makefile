@@ -20,7 +20,7 @@ test: lint
 test-slow: .venv/.dev-installed
 	$(BIN)/python -m pytest -m "slow and not chaos"
 
-# An hour, with nothing else on the machine: faults and load in their long forms.
+# An hour and a half, with nothing else on the machine: faults and load in their long forms.
 chaos: LOADED = --bundle $(BUNDLE) --images $(or $(IMAGES),tests/photos)
 chaos: .venv/.dev-installed
 	$(BIN)/python -m pytest -m chaos

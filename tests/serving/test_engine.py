@@ -365,6 +365,8 @@ def test_who_was_let_in_counts_until_its_image_has_a_place_and_not_for_long(
                 pass  # a flood of one caller's requests is nobody else's
             with engine.place(), engine.place(), full, engine.place():
                 pass
+        with engine.place(), engine.entering():
+            pass  # its image has a place: it no longer counts as entering
         with engine.entering():
             pass  # one left, and gave up what it had
         monkeypatch.setattr(engine_module, "_ENTERING_S", 0)

@@ -121,7 +121,9 @@ def test_the_answer_comes_before_a_byte_of_the_body(live):
 def test_who_is_refused_cannot_go_on_sending_without_end(live):
     chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     for request in (head(10_000_000), chunked + b"1\r\na\r\n"):
-        assert send(live, request).startswith(b"HTTP/1.1 401 ")  # until the server closes
+        answer = send(live, request)  # until the server closes
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert b"\r\nconnection: close\r\n" in answer.lower()
     with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
         for _ in range(2):  # what is short may be sent to its end: the connection goes on
             connection.sendall(head(3) + b"abc")

@@ -141,7 +141,7 @@ HARMLESS = {
         picture(0, format="JPEG", size=(4_000, 3_000)) + b"\xff\xda" * 100_000
     ),
     "a GIF with a film's worth of comments behind its picture": lambda: (
-        saved("GIF")[:-1] + b"\x21\xfe" + b"\1A" * 2_000_000 + b"\0;"
+        saved("GIF")[:-1] + b"\x21\xfe" + b"\1A" * 5_000_000 + b"\0;"
     ),
     "a progressive JPEG": lambda: picture(0, format="JPEG", size=(1_600, 1_200), progressive=True),
     "a JPEG of some scans": lambda: scans(640, 480, 20),
