@@ -12,10 +12,11 @@ BIN := .venv/bin
 serve: .venv/.installed
 	$(BIN)/python -m serving up --port $(PORT)
 
-# On all cores; what starts a Ray cluster or a browser then has the machine to itself.
+# On all cores; what is timed, or starts a Ray cluster or a browser, then has the machine to itself.
+ALONE := ray or browser or timed
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not (slow or chaos or ray or browser)"
-	$(BIN)/python -m pytest -m "(ray or browser) and not (slow or chaos)"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not (slow or chaos or $(ALONE))"
+	$(BIN)/python -m pytest -m "($(ALONE)) and not (slow or chaos)"
 
 test-slow: .venv/.dev-installed
 	$(BIN)/python -m pytest -m "slow and not chaos"

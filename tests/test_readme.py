@@ -100,6 +100,7 @@ def test_make_serve_and_the_answer() -> None:
             assert caption["score"] == pytest.approx(expected["score"], abs=0.01)
 
 
+@pytest.mark.timed
 def test_the_tiny_road_in_under_three_minutes(tmp_path: Path) -> None:
     """Train, evaluate, export, publish, serve, POST: the README's block, line by line."""
     for name in ("trainer", "serving", "exports", "tests"):
