@@ -81,6 +81,9 @@ def environment(settings: Settings, folder: Path, haproxy: Path, ports: range) -
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token_hex(32),
         "RAY_DEDUP_LOGS": 0,
+        # Without a bound Ray keeps all that its workers print, the server's log among it.
+        "RAY_ROTATION_MAX_BYTES": 16 * 1024 * 1024,
+        "RAY_ROTATION_BACKUP_COUNT": 2,
         # A deployment that asks for no GPU must not be blinded to one.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": 0,
         "RAY_SERVE_LOG_TO_STDERR": 0,

@@ -68,6 +68,17 @@ def test_a_captioner_learns_to_tell_drawings_apart(name: str, drawings: Path) ->
     assert found["dev/distinct"] > 0.2
 
 
+@pytest.mark.slow
+def test_a_captioner_behind_examples_learns_to_look(drawings: Path) -> None:
+    """Flamingo: encoder and language model, learnt before, stay as they are."""
+    finetuned("gpt2", drawings)
+    encoder, text = f"encoder.weights={run_of('gpt2', drawings)}", run_of("text", drawings)
+    captions = f"data.train={drawings}/captions_train.json"
+    recipe = str(RECIPES / "flamingo_text.toml")
+    assert main(["finetune", recipe, "--out", str(text), captions, encoder]) == 0
+    assert finetuned("flamingo", drawings, f"start={text}", encoder)["dev/CIDEr-D"] > 0.7
+
+
 def run_of(name: str, drawings: Path) -> Path:
     """Returns the folder of a tiny recipe's run; what is done there is not done again."""
     return drawings / "runs" / name
