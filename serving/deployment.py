@@ -33,7 +33,7 @@ from serving.haproxy import (
 )
 from serving.leftovers import MARK, marked, none_left
 from serving.local import announce, warn_if_open
-from serving.logs import log_to_stderr
+from serving.logs import shown_on_stderr, start_log
 from serving.metrics import Metrics
 from serving.node_pages import node_folder
 from serving.settings import Settings
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LOG = "log"  # a pipe in the server's folder
 _WRONG_IN_A_ROW = 3  # golden captions
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is kept there
 
@@ -63,7 +64,7 @@ class CaptionService:
             RuntimeError: There is no model to serve. Under `up`, which says why and has nothing
                 else to serve, the replica waits for one instead.
         """
-        log_to_stderr(settings.log_format)
+        start_log(settings.log_format, settings.log_file)
         if settings.metrics_dir is None:
             # One of several, perhaps: they show their metrics together.
             settings = settings.model_copy(update={"metrics_dir": node_folder()})
@@ -171,7 +172,7 @@ def up(settings: Settings) -> None:
     with replica_ports() as ports:
         # A short path: Unix sockets inside have at most 107 characters.
         folder = Path(tempfile.mkdtemp(prefix="cutline-", dir="/tmp"))
-        with none_left(mark, folder):
+        with none_left(mark, folder), shown_on_stderr(folder / _LOG):
             variables = environment(settings, folder, folder / "haproxy.sh", ports)
             write_start_script(folder, Path(get_haproxy_binary()), variables)
             os.environ.update(variables, **{MARK: mark})
@@ -200,8 +201,10 @@ def _run(settings: Settings, folder: Path, stop: threading.Event) -> None:
             proxy_location="HeadOnly",
             http_options={"host": settings.host, "port": settings.port},
         )
-        if settings.metrics_dir is None:
-            settings = settings.model_copy(update={"metrics_dir": folder / "metrics"})
+        # Replicas have a stderr of their own, which Ray keeps in files.
+        here = {"log_file": folder / _LOG, "metrics_dir": folder / "metrics"}
+        unset = {name: path for name, path in here.items() if getattr(settings, name) is None}
+        settings = settings.model_copy(update=unset)
         serve.run(build(settings), name="cutline", route_prefix="/")
         announce(settings, stop)
         stop.wait()

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 
 from serving.app import create_app
 from serving.engine import Engine
-from serving.logs import log_to_stderr
+from serving.logs import start_log
 from serving.metrics import Metrics
 from serving.settings import Settings
 from serving.swap import ModelManager
@@ -28,7 +28,7 @@ _PATIENCE_S = 5
 
 def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM; requests that run are finished first."""
-    log_to_stderr(settings.log_format)
+    start_log(settings.log_format, settings.log_file)
     warn_if_open(settings)
     metrics = Metrics()
     engine = Engine(

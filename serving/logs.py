@@ -1,4 +1,4 @@
-"""The server's log: one line of JSON or of text for each thing that happened, to stderr.
+"""The server's log: one line of JSON or of text for each thing that happened, to stderr by default.
 
 One line a request, written by `log_request`; of those refused with 429, which come in floods, one a
 second for each kind, with how many they were. What the server and uvicorn have to say besides comes
@@ -11,14 +11,19 @@ where it happened.
 import asyncio
 import json
 import logging
+import os
 import sys
+import threading
 import traceback
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from http import HTTPStatus
+from io import FileIO
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 LogFormat = Literal["text", "json"]
 
@@ -38,9 +43,20 @@ _HARMLESS_MODULES = ("onnxruntime.", "exports.errors")
 _requests = logging.getLogger("serving.requests")
 
 
-def log_to_stderr(form: LogFormat) -> None:
-    """Shows what the server has to say: its requests, which bundle it serves, why not another."""
-    handler = _Handler()
+def start_log(form: LogFormat, path: Path | None = None) -> None:
+    """Shows what the server has to say: its requests, which bundle it serves, why not another.
+
+    Args:
+        form: Of the lines.
+        path: Where they go in place of stderr: a file, a named pipe, another process's stderr.
+    """
+    stream, refused = sys.stderr, None
+    if path is not None:
+        try:
+            stream = path.open("a", encoding="utf-8", buffering=1)  # a line, a write
+        except OSError as error:
+            refused = error
+    handler = _Handler(stream)
     handler.setFormatter(_Json() if form == "json" else _Text())
     for name in (*_OURS, *_OTHERS):
         log = logging.getLogger(name)
@@ -51,6 +67,35 @@ def log_to_stderr(form: LogFormat) -> None:
         logging.getLogger(name).setLevel(logging.INFO)
     for name in _OTHERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    if refused:
+        logging.getLogger(__name__).warning("no log in %s: %s", path, refused.strerror)
+
+
+@contextmanager
+def shown_on_stderr(pipe: Path) -> Iterator[None]:
+    """Makes a named pipe and shows on stderr all that other processes write to it in the block."""
+    os.mkfifo(pipe, 0o600)
+    end = b"\0"  # in no line
+    # Open for writing too: there is no end of file when a writer goes.
+    with FileIO(os.open(pipe, os.O_RDWR)) as lines:
+
+        def show() -> None:
+            while not (part := lines.read(65536) or end).endswith(end):
+                _to_stderr(part)
+            _to_stderr(part.removesuffix(end))
+
+        reader = threading.Thread(target=show, name="cutline-log", daemon=True)
+        reader.start()
+        try:
+            yield
+        finally:
+            os.write(lines.fileno(), end)
+            reader.join()
+
+
+def _to_stderr(part: bytes) -> None:
+    while part:
+        part = part[os.write(2, part) :]
 
 
 def noted() -> dict[str, Any]:
@@ -118,11 +163,8 @@ class Refusals:
 _refusals = Refusals()
 
 
-class _Handler(logging.StreamHandler[Any]):
-    """Writes to what `sys.stderr` is at the time."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stderr)
+class _Handler(logging.StreamHandler[TextIO]):
+    """The log's own, told from the handlers of others."""
 
 
 class _Json(logging.Formatter):

@@ -69,6 +69,7 @@ class Settings(BaseSettings):
     deadline_s: PositiveFloat = Field(30.0, description="seconds from a read body to its answer")
 
     log_format: LogFormat = Field("text", description="lines of the log: text or json")
+    log_file: Path | None = Field(None, description="where its lines go in place of stderr")
     log_captions: bool = Field(False, description="write captions to the log")
     metrics_dir: Path | None = Field(
         None, description="folder where the replicas of a node show their metrics together"

@@ -1,9 +1,17 @@
-"""The manifests as kubectl renders them, and the pods that they lead to."""
+"""The manifests as kubectl renders them, and the pods that they lead to.
 
+    python tests/k8s_manifests.py
+
+writes to k8s_rendered what an operator applies, every value of it: a change of the manifests is
+reviewed by what it comes to in each overlay, and a slip shows as a difference that nobody meant.
+"""
+
+import difflib
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +25,19 @@ K8S = ROOT / "k8s"
 OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/dev")
 # What an operator applies.
 KUSTOMIZATIONS = (*OVERLAYS, "storage", "retrain", "retrain-weekly")
+# Components that an operator adds to an overlay.
+ADDED_BY_HAND = ("components/s3", "components/keys")
+
+RECORDS = {
+    "cpu.yaml": ("overlays/cpu", None),
+    "gpu.diff": ("overlays/gpu", "overlays/cpu"),
+    "dev.diff": ("overlays/dev", "overlays/cpu"),
+    "cpu-s3-keys.diff": ("", "overlays/cpu"),  # with what is added by hand
+    "storage.yaml": ("storage", None),
+    "retrain.yaml": ("retrain", None),
+    "retrain-weekly.yaml": ("retrain-weekly", None),
+}
+"""Files of k8s_rendered: what is in each, and what it is told as a difference to."""
 
 Document = dict[str, Any]
 
@@ -46,6 +67,36 @@ def kubectl() -> str:
 @cache
 def rendered(name: str) -> list[Document]:
     return render(K8S / name)
+
+
+def recorded(file: str) -> str:
+    """Returns what a file of k8s_rendered must say."""
+    name, other = RECORDS[file]
+    if other is None:
+        return _text(rendered(name))
+    if name:
+        documents = rendered(name)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            documents = everything(Path(folder), other, components=ADDED_BY_HAND)
+    before, after = (_text(one).splitlines() for one in (rendered(other), documents))
+    return "".join(f"{line}\n" for line in difflib.unified_diff(before, after, n=1, lineterm=""))
+
+
+def _text(documents: list[Document]) -> str:
+    shown = [_shown(json.loads(json.dumps(one))) for one in documents]
+    return yaml.safe_dump_all(shown, sort_keys=False, width=100)
+
+
+def _shown(document: Document) -> Document:
+    """Returns an object without what is tested elsewhere, and with its text of YAML laid open."""
+    if document["kind"] == "ConfigMap":
+        document["data"] = sorted(document["data"])  # files of the project
+    if document["kind"] == "RayCronJob":
+        del document["spec"]["jobTemplate"]  # that of the RayJob
+    if document["kind"] == "RayService":
+        document["spec"]["serveConfigV2"] = yaml.safe_load(document["spec"]["serveConfigV2"])
+    return document
 
 
 def everything(tmp_path: Path, *resources: str, components: tuple[str, ...] = ()) -> list[Document]:
@@ -123,3 +174,8 @@ def pods(documents: list[Document]) -> list[Document]:
 def all_containers(pod: Document) -> list[Document]:
     spec = pod["spec"]
     return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+if __name__ == "__main__":
+    for file in RECORDS:
+        (HERE / "k8s_rendered" / file).write_text(recorded(file), encoding="utf-8")

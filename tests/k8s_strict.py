@@ -38,6 +38,20 @@ LABELS = {
     DASHBOARD,
 }
 RESOURCES = {"cpu", "memory", "storage", "nvidia.com/gpu"}
+# What an API server takes in these fields, wherever the schemas let any text pass.
+WORDS = {
+    "accessModes": {"ReadWriteOnce", "ReadWriteMany"},
+    "effect": {"NoSchedule"},
+    "fsGroupChangePolicy": {"OnRootMismatch"},
+    "operator": {"Exists", "In"},
+    "policyTypes": {"Ingress", "Egress"},
+    "protocol": {"TCP", "UDP"},
+    "whenUnsatisfiable": {"ScheduleAnyway"},
+    "pod-security.kubernetes.io/enforce": {"restricted"},
+    "pod-security.kubernetes.io/audit": {"restricted"},
+    "pod-security.kubernetes.io/warn": {"restricted"},
+}
+CUSTOM_GROUPS = {"ray.io/v1", "monitoring.coreos.com/v1"}
 # Of alerts.
 ALERT_LABELS = {"severity"}
 ALERT_ANNOTATIONS = {"summary", "description", "runbook_url"}
@@ -63,6 +77,7 @@ def document_problems(document: Document) -> Iterator[str]:
         yield f"no object: {sorted(document)}"
         return
     yield from free_keys(document)
+    yield from wrong_words(document)
     if (HERE / "k8s_schemas" / f"{document['kind'].lower()}.json.gz").exists():
         yield from custom_problems(document)
     else:
@@ -70,6 +85,8 @@ def document_problems(document: Document) -> Iterator[str]:
 
 
 def custom_problems(document: Document) -> Iterator[str]:
+    if document["apiVersion"] not in CUSTOM_GROUPS:
+        yield f"apiVersion: {document['apiVersion']}"
     # A CRD leaves the metadata open; that of any built-in kind is the same.
     yield from core_problems(
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": document["metadata"]}
@@ -169,6 +186,19 @@ def free_keys(value: Any, where: str = "") -> Iterator[str]:
             if key in known and isinstance(item, dict):
                 yield from (f"{where}.{key}: {name}" for name in sorted(item.keys() - known[key]))
             yield from free_keys(item, f"{where}.{key}")
+
+
+def wrong_words(value: Any) -> Iterator[str]:
+    """Yields what stands where an API server takes certain words only; see `WORDS`."""
+    if isinstance(value, list):
+        for item in value:
+            yield from wrong_words(item)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            found = item if isinstance(item, list) else [item]
+            if key in WORDS:
+                yield from (f"{key}: {word}" for word in found if word not in WORDS[key])
+            yield from wrong_words(item)
 
 
 @cache

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 from k8s_manifests import (
+    ADDED_BY_HAND,
+    HERE,
     K8S,
     KUSTOMIZATIONS,
+    RECORDS,
     all_containers,
     everything,
     of_kind,
     pods,
+    recorded,
     rendered,
 )
 from k8s_strict import key_paths, misspelt, problems
@@ -21,8 +25,6 @@ from k8s_strict import key_paths, misspelt, problems
 # Ray, imported by some of the tests, still uses what pydantic has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-# Components that an operator adds to an overlay.
-ADDED_BY_HAND = ("components/s3", "components/keys")
 # What a file is tried with; all others with an overlay.
 APPLIED_WITH = {
     "components/s3": ("overlays/cpu",),
@@ -54,6 +56,13 @@ def test_every_kustomization_is_rendered_by_these_tests() -> None:
 def test_every_object_is_valid(name: str) -> None:
     assert rendered(name)
     assert list(problems(rendered(name))) == []
+
+
+@pytest.mark.parametrize("file", RECORDS)
+def test_what_is_applied_is_what_was_reviewed(file: str) -> None:
+    """Every value: of many no schema knows whether they are meant."""
+    reviewed = (HERE / "k8s_rendered" / file).read_text(encoding="utf-8")
+    assert recorded(file) == reviewed, "if that is meant: python tests/k8s_manifests.py"
 
 
 def test_the_kinds_that_are_asked_for_are_there() -> None:

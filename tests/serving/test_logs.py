@@ -13,7 +13,7 @@ from tiny_bundle import picture
 
 from exports.registry import Registry
 from serving import logs
-from serving.logs import log_to_stderr
+from serving.logs import start_log
 
 SECRET = "sesame-7f3a"
 
@@ -25,7 +25,7 @@ def logged(monkeypatch):
 
     def start(form):
         monkeypatch.setattr(sys, "stderr", stream)
-        log_to_stderr(form)
+        start_log(form)
         return lambda: stream.getvalue().splitlines()
 
     yield start
