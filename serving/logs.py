@@ -23,7 +23,7 @@ from http import HTTPStatus
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
 
@@ -34,6 +34,7 @@ state: ContextVar[dict[str, Any] | None] = ContextVar("state", default=None)
 _QUIET_ROUTES = ("health", "metrics")
 _LOUD = 400
 _REST_S = 1.0
+_HANDLER = "cutline"
 _OURS = ("serving", "exports")
 _OTHERS = ("uvicorn", "asyncio", "concurrent.futures", "python_multipart")
 # Errors whose words are about this machine or the model's graphs, never about a request's body.
@@ -50,18 +51,20 @@ def start_log(form: LogFormat, path: Path | None = None) -> None:
         form: Of the lines.
         path: Where they go in place of stderr: a file, a named pipe, another process's stderr.
     """
-    stream, refused = sys.stderr, None
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    refused: OSError | None = None
     if path is not None:
         try:
-            stream = path.open("a", encoding="utf-8", buffering=1)  # a line, a write
+            handler = logging.FileHandler(path, encoding="utf-8")
         except OSError as error:
             refused = error
-    handler = _Handler(stream)
+    handler.set_name(_HANDLER)
     handler.setFormatter(_Json() if form == "json" else _Text())
     for name in (*_OURS, *_OTHERS):
         log = logging.getLogger(name)
-        for old in [one for one in log.handlers if isinstance(one, _Handler)]:
+        for old in [one for one in log.handlers if one.name == _HANDLER]:
             log.removeHandler(old)
+            old.close()
         log.addHandler(handler)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.INFO)
@@ -161,10 +164,6 @@ class Refusals:
 
 
 _refusals = Refusals()
-
-
-class _Handler(logging.StreamHandler[TextIO]):
-    """The log's own, told from the handlers of others."""
 
 
 class _Json(logging.Formatter):

@@ -1,5 +1,6 @@
 """The Ray wrapper: its promises in process, and the whole of it once on a real cluster."""
 
+import json
 import os
 import re
 import socket
@@ -200,7 +201,7 @@ LOOPBACK = {
 
 @pytest.fixture
 def cluster(tmp_path, tiny_bundles):
-    """`python -m serving up` with version 1 of two in production: (process, url, registry)."""
+    """`python -m serving up` with version 1 of two in production: (process, url, registry, log)."""
     registry = Registry(tmp_path / "models")
     registry.publish(tiny_bundles.one)
     registry.publish(tiny_bundles.two)
@@ -212,20 +213,26 @@ def cluster(tmp_path, tiny_bundles):
         *(sys.executable, "-m", "serving", "up", "--port", str(port), "--threads", "1"),
         *("--registry", str(registry.root), "--model", "tiny"),
     ]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUTLINE_MAX_BODY_BYTES": "2000000"},
-        start_new_session=True,
-    ) as server:
+    log = tmp_path / "log"
+    variables = {"CUTLINE_MAX_BODY_BYTES": "2000000", "CUTLINE_LOG_FORMAT": "json"}
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **variables},
+            start_new_session=True,
+        ) as server,
+    ):
         # Ends the server if it does not get ready, so that the line below does not wait for ever.
         watchdog = threading.Timer(400, server.terminate)
         watchdog.start()
         url = f"http://127.0.0.1:{port}"
         try:
             assert server.stdout.readline() == f"Cutline is ready at {url}\n"
-            yield server, url, registry
+            yield server, url, registry, log
         finally:
             watchdog.cancel()
             server.terminate()
@@ -233,7 +240,7 @@ def cluster(tmp_path, tiny_bundles):
 
 @pytest.mark.ray
 def test_under_ray_it_serves_swaps_and_ends_without_a_trace(cluster, photos):
-    server, url, registry = cluster
+    server, url, registry, log = cluster
     mark = mark_of(server.pid)
     processes = marked(mark)
     assert len(processes) > 5
@@ -262,3 +269,7 @@ def test_under_ray_it_serves_swaps_and_ends_without_a_trace(cluster, photos):
     server.terminate()
     assert server.wait(60) == 0
     assert marked(mark) == set()
+    told = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert {"loading tiny@1", "serving tiny@2"} <= {line["message"] for line in told}
+    requests = [line for line in told if line["logger"] == "serving.requests"]
+    assert [line["code"] for line in requests] == [200, 413, *[200] * (len(versions) - 1)]

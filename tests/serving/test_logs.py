@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -23,9 +24,9 @@ def logged(monkeypatch):
     """Starts the log in a form, and returns its lines so far."""
     stream = io.StringIO()
 
-    def start(form):
+    def start(form, path=None):
         monkeypatch.setattr(sys, "stderr", stream)
-        start_log(form)
+        start_log(form, path)
         return lambda: stream.getvalue().splitlines()
 
     yield start
@@ -33,6 +34,7 @@ def logged(monkeypatch):
         log = logging.getLogger(name)
         for handler in list(log.handlers):
             log.removeHandler(handler)
+            handler.close()
         log.setLevel(logging.NOTSET)
 
 
@@ -226,3 +228,43 @@ def test_starting_the_log_twice_tells_nothing_twice(logged):
     logging.getLogger("serving.swap").info("once")
     logging.getLogger("uvicorn.error").error("too")
     assert [json.loads(line)["message"] for line in lines()] == ["once", "too"]
+
+
+def test_lines_may_go_elsewhere(logged, tmp_path):
+    path = tmp_path / "log"
+    path.write_text("what stood there\n")
+    on_stderr = logged("text", path)
+    logging.getLogger("serving").info("one")
+    assert path.read_text().endswith("INFO one\n")
+    assert path.read_text().startswith("what stood there\n")
+    assert on_stderr() == []
+
+
+def test_where_no_line_can_go_is_told_and_all_stay_on_stderr(logged, tmp_path):
+    lines = logged("text", tmp_path / "no" / "log")
+    logging.getLogger("serving").info("one")
+    refused, line = lines()
+    assert f"WARNING no log in {tmp_path}/no/log: No such file or directory" in refused
+    assert line.endswith("INFO one")
+
+
+WRITER = """
+import logging, sys
+from pathlib import Path
+from serving.logs import start_log
+start_log("json", Path(sys.argv[1]))
+for number in range(500):
+    logging.getLogger("serving").info("%s", sys.argv[2] * 100 + str(number))
+"""
+
+
+def test_lines_of_several_processes_come_out_whole(tmp_path, capfd):
+    pipe = tmp_path / "log"
+    with logs.shown_on_stderr(pipe):
+        writers = [
+            subprocess.Popen([sys.executable, "-c", WRITER, pipe, letter]) for letter in "ab"
+        ]
+        assert [writer.wait(60) for writer in writers] == [0, 0]
+    told = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
+    expected = [letter * 100 + str(number) for letter in "ab" for number in range(500)]
+    assert sorted(told) == sorted(expected)
