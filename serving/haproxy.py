@@ -4,8 +4,9 @@ Nothing here imports Ray: Ray reads its variables while it is imported, so they 
 
 Ray writes HAProxy's configuration from a fixed template, some lines of which do not suit a server
 on somebody's machine: two status pages listen on all interfaces, HAProxy's own errors all become a
-bare 500, one that has just been started knows no path, and a client may switch off the timeouts. So
-a script edits them first, then starts it.
+bare 500, one that has just been started knows no path, a client may switch off the timeouts, and
+whoever finds no connection free waits without an answer. So a script edits them first, then starts
+it.
 """
 
 import shlex
@@ -33,7 +34,11 @@ POD = {
 }
 # Between the ports of Ray's workers and those that Linux gives to whoever asks for any.
 _REPLICA_PORTS = range(20_000, 32_000, 128)
+# Requests at once, more than an engine lets wait and works on: more are refused here, before a
+# replica spends time on them, so that connections are left for probes and for who comes next.
+_BUSY = 384
 _OWN_ERRORS = {
+    429: "The server has more requests than it can answer soon.",
     502: "The server broke off its answer; send the request again.",
     503: "No replica of the server takes requests now; try again in a moment.",
     504: "The server did not answer in time.",
@@ -140,6 +145,9 @@ def write_start_script(folder: Path, binary: Path, environment_of: dict[str, str
     edits = [
         loopback,
         f"s#errorfile ([0-9]+) .*#errorfile \\1 {folder}/\\1.http#",
+        f"/^defaults$/a\\    errorfile 429 {folder}/429.http",
+        "/^backend http-/a\\    http-request deny deny_status 429 "
+        f"if METH_POST {{ be_conn gt {_BUSY} }}",
         # Until it is told where replicas are, which may be half a second, it has no other answer.
         "/^backend default_backend$/,/^ *http-request return /"
         "s/^( *http-request return ).*/\\1status 503 default-errorfiles/",

