@@ -174,7 +174,7 @@ def up(settings: Settings) -> None:
         folder = Path(tempfile.mkdtemp(prefix="cutline-", dir="/tmp"))
         with none_left(mark, folder), shown_on_stderr(folder / _LOG):
             variables = environment(settings, folder, folder / "haproxy.sh", ports)
-            write_start_script(folder, Path(get_haproxy_binary()), variables)
+            write_start_script(folder, Path(get_haproxy_binary()), variables, settings)
             os.environ.update(variables, **{MARK: mark})
             _run(settings, folder, stop)
 

@@ -4,9 +4,9 @@ Nothing here imports Ray: Ray reads its variables while it is imported, so they 
 
 Ray writes HAProxy's configuration from a fixed template, some lines of which do not suit a server
 on somebody's machine: two status pages listen on all interfaces, HAProxy's own errors all become a
-bare 500, one that has just been started knows no path, a client may switch off the timeouts, and
-whoever finds no connection free waits without an answer. So a script edits them first, then starts
-it.
+bare 500, one that has just been started knows no path, a client may switch off the timeouts,
+whoever finds no connection free waits without an answer, and a half-sent body keeps a replica busy.
+So a script edits them first, then starts it.
 """
 
 import shlex
@@ -38,6 +38,7 @@ _REPLICA_PORTS = range(20_000, 32_000, 128)
 # replica spends time on them, so that connections are left for probes and for who comes next.
 _BUSY = 384
 _OWN_ERRORS = {
+    408: "The request's body did not come in time.",
     429: "The server has more requests than it can answer soon.",
     502: "The server broke off its answer; send the request again.",
     503: "No replica of the server takes requests now; try again in a moment.",
@@ -127,16 +128,25 @@ def environment(settings: Settings, folder: Path, haproxy: Path, ports: range) -
         "RAY_SERVE_HAPROXY_MAXCONN": 512,
         "RAY_SERVE_HAPROXY_NBTHREAD": 1,
         # Longer than the app's own limits: it answers 408 and 504, HAProxy only hangs up.
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": int(settings.stall_s) + 5,
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": _client_s(settings),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": body_s + int(settings.deadline_s) + 10,
     }
     return {name: str(value) for name, value in values.items()}
 
 
-def write_start_script(folder: Path, binary: Path, environment_of: dict[str, str]) -> None:
+def write_start_script(
+    folder: Path, binary: Path, environment_of: dict[str, str], settings: Settings
+) -> None:
     """Writes the script that starts `binary`, HAProxy itself, with the lines edited."""
     for code, detail in _OWN_ERRORS.items():
         (folder / f"{code}.http").write_bytes(_error_page(code, detail))
+    added = [
+        *(f"errorfile {code} {folder}/{code}.http" for code in (408, 429)),
+        # A body that fits the buffer is read before a replica hears of the request.
+        "option http-buffer-request",
+        f"timeout http-request {int(settings.body_s)}s",
+        f"timeout http-keep-alive {_client_s(settings)}s",
+    ]
     loopback = "s/^( *bind ) *[*]?:({ports})$/\\1127.0.0.1:\\2/".format(
         ports="|".join(
             environment_of[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")
@@ -145,7 +155,7 @@ def write_start_script(folder: Path, binary: Path, environment_of: dict[str, str
     edits = [
         loopback,
         f"s#errorfile ([0-9]+) .*#errorfile \\1 {folder}/\\1.http#",
-        f"/^defaults$/a\\    errorfile 429 {folder}/429.http",
+        *(f"/^defaults$/a\\    {line}" for line in added),
         "/^backend http-/a\\    http-request deny deny_status 429 "
         f"if METH_POST {{ be_conn gt {_BUSY} }}",
         # Until it is told where replicas are, which may be half a second, it has no other answer.
@@ -167,9 +177,14 @@ def write_start_script(folder: Path, binary: Path, environment_of: dict[str, str
     script.chmod(0o755)  # in a container image, whoever runs it is not who wrote it
 
 
+def _client_s(settings: Settings) -> int:
+    return int(settings.stall_s) + 5
+
+
 def write_pod_script(folder: Path, binary: Path) -> None:
     """Writes the start script of a pod to `folder`; the Dockerfile calls this."""
-    write_start_script(folder, binary, POD | {_BINARY: str(folder / Path(POD[_BINARY]).name)})
+    environment_of = POD | {_BINARY: str(folder / Path(POD[_BINARY]).name)}
+    write_start_script(folder, binary, environment_of, Settings.model_validate({}))
 
 
 def stop_listening(folder: Path) -> None:

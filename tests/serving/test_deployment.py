@@ -52,7 +52,7 @@ def test_haproxy_is_kept_to_the_loopback_interface(tmp_path):
     binary.chmod(0o700)
     script = tmp_path / "start.sh"
     variables = environment(Settings(), tmp_path, script, range(2))
-    write_start_script(tmp_path, binary, variables)
+    write_start_script(tmp_path, binary, variables, Settings())
     ports = {
         name.lower(): variables[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")
     }
@@ -85,6 +85,7 @@ class Holding(BaseHTTPRequestHandler):
     """Answers a GET at once and a POST when it may."""
 
     go_on = threading.Event()
+    asked = 0
 
     def do_GET(self):
         self.send_response(200)
@@ -92,6 +93,7 @@ class Holding(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_POST(self):
+        Holding.asked += 1
         self.rfile.read(int(self.headers["Content-Length"]))
         self.go_on.wait(60)
         self.do_GET()
@@ -100,46 +102,67 @@ class Holding(BaseHTTPRequestHandler):
         pass
 
 
-def test_haproxy_refuses_by_itself_what_is_too_much_at_once(tmp_path, monkeypatch):
+@pytest.fixture
+def haproxy(tmp_path):
+    """Starts HAProxy in front of a `Holding` server, by settings, and returns its port."""
+    started = []
+
+    def start(settings):
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        script, config = tmp_path / "start.sh", tmp_path / "haproxy.cfg"
+        variables = environment(settings, tmp_path, script, range(2))
+        write_start_script(tmp_path, Path(get_haproxy_binary()), variables, settings)
+        behind = ThreadingHTTPServer(("127.0.0.1", 0), Holding)
+        threading.Thread(target=behind.serve_forever, daemon=True).start()
+        config.write_text(
+            "defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n"
+            "    timeout server 60s\n"
+            f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    use_backend http-cutline\n"
+            f"backend http-cutline\n    server a 127.0.0.1:{behind.server_port}\n"
+        )
+        started.extend([subprocess.Popen([script, "-db", "-f", config]), behind])
+        until(lambda: accepts(port))
+        return port
+
+    Holding.go_on.clear()
+    Holding.asked = 0
+    yield start
+    Holding.go_on.set()
+    process, behind = started
+    process.kill()
+    process.wait()
+    behind.shutdown()
+    behind.server_close()
+
+
+def test_haproxy_refuses_by_itself_what_is_too_much_at_once(haproxy, monkeypatch):
     monkeypatch.setattr("serving.haproxy._BUSY", 3)
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    script, config = tmp_path / "start.sh", tmp_path / "haproxy.cfg"
-    variables = environment(Settings(), tmp_path, script, range(2))
-    write_start_script(tmp_path, Path(get_haproxy_binary()), variables)
-    behind = ThreadingHTTPServer(("127.0.0.1", 0), Holding)
-    threading.Thread(target=behind.serve_forever, daemon=True).start()
-    config.write_text(
-        "defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n"
-        "    timeout server 60s\n"
-        f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    use_backend http-cutline\n"
-        f"backend http-cutline\n    server a 127.0.0.1:{behind.server_port}\n"
-    )
-    url = f"http://127.0.0.1:{port}/v1/captions"
-    with (
-        subprocess.Popen([script, "-db", "-f", config]) as haproxy,
-        ThreadPoolExecutor(20) as clients,
-        httpx.Client(timeout=60) as client,
-    ):
+    url = f"http://127.0.0.1:{haproxy(Settings())}/v1/captions"
+    with ThreadPoolExecutor(20) as clients, httpx.Client(timeout=60) as client:
         try:
-            until(lambda: accepts(port))
             posts = [clients.submit(client.post, url, content=b"x" * 1000) for _ in range(20)]
             until(lambda: sum(post.done() for post in posts) >= 16)
             assert client.get(url).status_code == 200  # probes pass
-            Holding.go_on.set()
-            answers = [post.result() for post in posts]
         finally:
             Holding.go_on.set()
-            haproxy.kill()
-            behind.shutdown()
-            behind.server_close()
+        answers = [post.result() for post in posts]
     refused = [answer for answer in answers if answer.status_code == 429]
     assert len(refused) >= 16 and len(answers) - len(refused) >= 3
     for answer in refused:
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["status"] == 429
+
+
+def test_no_replica_hears_of_a_body_that_does_not_come(haproxy):
+    port = haproxy(Settings(body_s=1))
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nhalf")
+        answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"application/problem+json" in answer
+    assert Holding.asked == 0
 
 
 def accepts(port):
