@@ -1,11 +1,11 @@
 """The server's log: one line of JSON or of text for each thing that happened, to stderr by default.
 
-One line a request, written by `log_request`; of those refused with 429, which come in floods, one a
-second for each kind, with how many they were. What the server and uvicorn have to say besides comes
-in the same form. A log is read by many and kept for long, so nothing of a request's body gets into
-it: no image, no name that a client made up, and no caption unless the settings say so. What others
-write about a request's failure might quote it, so from them only the kind of failure is taken and
-where it happened.
+One line a request, written by `log_request`; of what comes in floods, refusals with 429 and probes
+of a server that is not ready, one a second for each kind, with how many they were. What the server
+and uvicorn have to say besides comes in the same form. A log is read by many and kept for long, so
+nothing of a request's body gets into it: no image, no name that a client made up, and no caption
+unless the settings say so. What others write about a request's failure might quote it, so from them
+only the kind of failure is taken and where it happened.
 """
 
 import asyncio
@@ -120,7 +120,7 @@ def log_request(noted: Mapping[str, Any], route: str, code: int, seconds: float)
         return
     fields = {"route": route, "code": code, "seconds": round(seconds, 4)}
     fields |= {name: noted[name] for name in _NOTED if noted.get(name) is not None}
-    if code == HTTPStatus.TOO_MANY_REQUESTS:
+    if code == HTTPStatus.TOO_MANY_REQUESTS or route in _QUIET_ROUTES:
         _refusals.tell((route, fields.get("key"), fields.get("error")), fields)
     else:
         _write(fields)

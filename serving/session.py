@@ -1,5 +1,6 @@
 """A bundle under ONNX Runtime: its graphs, checked against the manifest, and how they run."""
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from threading import Lock
@@ -70,7 +71,8 @@ class OnnxSession:
             graphs: The bundle's.
             manifest: Names the tensors of all.
             threads: CPU threads that share the work of one run.
-            provider: Where the graphs run; `auto` takes CUDA if this ONNX Runtime has it.
+            provider: Where the graphs run; `auto` takes CUDA if this ONNX Runtime has it and there
+                is a GPU.
             reference: What images are held against, if the bundle has it.
 
         Raises:
@@ -160,8 +162,19 @@ def _device(provider: Provider) -> str:
         words = f"no CUDA here: this ONNX Runtime has {', '.join(available)}"
         raise BundleRejected(words, "other")
     if provider == "auto":
-        return "cuda" if "CUDAExecutionProvider" in available else "cpu"
+        return "cuda" if "CUDAExecutionProvider" in available and _gpus() else "cpu"
     return provider
+
+
+def _gpus() -> int:
+    """Returns how many GPUs NVIDIA's driver knows, https://docs.nvidia.com/cuda/cuda-driver-api."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    found = ctypes.c_int()
+    is_well = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(found)) == 0
+    return found.value if is_well else 0
 
 
 def _load(graph: bytes, threads: int, device: str) -> ort.InferenceSession:

@@ -57,18 +57,22 @@ def test_of_what_is_refused_in_floods_one_line_a_second_stands_for_all(logged, m
     async def flood():
         for key in ("a", "a", "b", "a", "a"):
             logs.log_request({"key": key, "error": "Queue full"}, "captions", 429, 0.01)
+        for _ in range(3):
+            logs.log_request({"error": "Not ready"}, "health", 503, 0.01)
         logs.log_request({"key": "a"}, "captions", 200, 0.2)
         await asyncio.sleep(0.2)
         logs.log_request({"key": "a", "error": "Queue full"}, "captions", 429, 0.01)
         await asyncio.sleep(0.1)
 
     asyncio.run(flood())
-    told = [(line["key"], line["code"], line.get("times")) for line in requests(lines())]
+    told = [(line.get("key"), line["code"], line.get("times")) for line in requests(lines())]
     assert told == [
         ("a", 429, None),
         ("b", 429, None),
+        (None, 503, None),
         ("a", 200, None),
         ("a", 429, 3),
+        (None, 503, 2),
         ("a", 429, None),
     ]
     assert not logs._refusals._more

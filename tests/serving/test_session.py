@@ -1,5 +1,7 @@
 """The ONNX session against the plain `InferenceSession.run` of the same graphs."""
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -7,6 +9,7 @@ from tiny_bundle import CACHE, HEAD_DIM, HEADS, MEMORY, SIDE
 
 from exports.bundle import Bundle
 from exports.manifest import next_name
+from serving import session as module
 from serving.beam import Beams
 from serving.errors import BundleRejected
 from serving.group import BeamParams
@@ -177,3 +180,18 @@ def test_cuda_where_there_is_none_is_said_and_auto_does_without(bundle):
     with pytest.raises(BundleRejected, match="no CUDA here"):
         OnnxSession(*graphs, threads=1, provider="cuda")
     assert OnnxSession(*graphs, threads=1, provider="auto").device == "cpu"
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_auto_takes_cuda_only_where_there_is_a_gpu(gpus, monkeypatch):
+    """The image for GPUs also serves on a machine without one."""
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: both)
+    monkeypatch.setattr(module, "_gpus", lambda: gpus)
+    assert module._device("auto") == ("cuda" if gpus else "cpu")
+    assert module._device("cuda") == "cuda"  # asked for: it starts, or says why not
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU")
+def test_no_driver_is_no_gpu():
+    assert module._gpus() == 0
