@@ -192,6 +192,9 @@ def test_a_slip_in_any_file_is_found(file: str, tmp_path: Path) -> None:
     [
         ("base/kustomization.yaml", "- networkpolicy.yaml", "- networkpolicies.yaml"),
         ("base/networkpolicy.yaml", "port: 8000", "port: true"),
+        ("base/networkpolicy.yaml", "policyTypes: [Ingress]", "policyTypes: [Ingres]"),
+        ("base/networkpolicy.yaml", "protocol: TCP", "protocol: TPC"),
+        ("base/rayservice.yaml", "apiVersion: ray.io/v1", "apiVersion: ray.io/v2"),
         ("base/rayservice.yaml", "mode: token", "mode: tokens"),
         ("base/rayservice.yaml", "version: v2", "version: v3"),
         ("base/rayservice.yaml", "runAsNonRoot: true", "runAsNonRoot: 'yes'"),
