@@ -237,7 +237,8 @@ def test_starting_the_log_twice_tells_nothing_twice(logged):
 def test_lines_may_go_elsewhere(logged, tmp_path):
     path = tmp_path / "log"
     path.write_text("what stood there\n")
-    on_stderr = logged("text", path)
+    logged("json", path)
+    on_stderr = logged("text", path)  # the file of before is closed: a warning would be an error
     logging.getLogger("serving").info("one")
     assert path.read_text().endswith("INFO one\n")
     assert path.read_text().startswith("what stood there\n")
