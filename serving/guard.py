@@ -1,5 +1,7 @@
 """Nobody is let in without a key, where the server has keys; before a byte of a body is read.
 
+Under Ray, HAProxy has read up to a MiB of it by then, see `serving.haproxy`.
+
 Nor is a body read that could not be worked on: a server that is asked ten times what it can do must
 spend its time on the tenth, not on refusing the others.
 

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
+from math import ceil
 from pathlib import Path
 from secrets import token_hex
 
@@ -34,9 +35,11 @@ POD = {
 }
 # Between the ports of Ray's workers and those that Linux gives to whoever asks for any.
 _REPLICA_PORTS = range(20_000, 32_000, 128)
-# Requests at once, more than an engine lets wait and works on: more are refused here, before a
-# replica spends time on them, so that connections are left for probes and for who comes next.
-_BUSY = 384
+# Requests that HAProxy lets through at once: as many as an engine by default holds and works on.
+# More are refused before a replica spends time on them; the other connections are for probes and
+# for who comes next.
+_MAXCONN = 512
+_BUSY = _MAXCONN - 128
 _OWN_ERRORS = {
     408: "The request's body did not come in time.",
     429: "The server has more requests than it can answer soon.",
@@ -125,10 +128,10 @@ def environment(settings: Settings, folder: Path, haproxy: Path, ports: range) -
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": 3,
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": 1024 * 1024,
-        "RAY_SERVE_HAPROXY_MAXCONN": 512,
+        "RAY_SERVE_HAPROXY_MAXCONN": _MAXCONN,
         "RAY_SERVE_HAPROXY_NBTHREAD": 1,
-        # Longer than the app's own limits: it answers 408 and 504, HAProxy only hangs up.
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": _client_s(settings),
+        # Longer than the app's own limits: it answers 504, and 408 to what is larger than a buffer.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": int(settings.stall_s) + 5,
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": body_s + int(settings.deadline_s) + 10,
     }
     return {name: str(value) for name, value in values.items()}
@@ -140,13 +143,12 @@ def write_start_script(
     """Writes the script that starts `binary`, HAProxy itself, with the lines edited."""
     for code, detail in _OWN_ERRORS.items():
         (folder / f"{code}.http").write_bytes(_error_page(code, detail))
-    added = [
-        *(f"errorfile {code} {folder}/{code}.http" for code in (408, 429)),
-        # A body that fits the buffer is read before a replica hears of the request.
-        "option http-buffer-request",
-        f"timeout http-request {int(settings.body_s)}s",
-        f"timeout http-keep-alive {_client_s(settings)}s",
-    ]
+    # In this order: a body that is waited for counts as a request. Up to the size of a buffer it is
+    # read before a replica hears of it.
+    rules = (
+        f"deny deny_status 429 if METH_POST {{ be_conn gt {_BUSY} }}",
+        f"wait-for-body time {ceil(settings.body_s)}s at-least 1m if METH_POST",
+    )
     loopback = "s/^( *bind ) *[*]?:({ports})$/\\1127.0.0.1:\\2/".format(
         ports="|".join(
             environment_of[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS")
@@ -155,9 +157,8 @@ def write_start_script(
     edits = [
         loopback,
         f"s#errorfile ([0-9]+) .*#errorfile \\1 {folder}/\\1.http#",
-        *(f"/^defaults$/a\\    {line}" for line in added),
-        "/^backend http-/a\\    http-request deny deny_status 429 "
-        f"if METH_POST {{ be_conn gt {_BUSY} }}",
+        *(f"/^defaults$/a\\    errorfile {code} {folder}/{code}.http" for code in (408, 429)),
+        *(f"/^backend http-/a\\    http-request {rule}" for rule in rules),
         # Until it is told where replicas are, which may be half a second, it has no other answer.
         "/^backend default_backend$/,/^ *http-request return /"
         "s/^( *http-request return ).*/\\1status 503 default-errorfiles/",
@@ -177,14 +178,14 @@ def write_start_script(
     script.chmod(0o755)  # in a container image, whoever runs it is not who wrote it
 
 
-def _client_s(settings: Settings) -> int:
-    return int(settings.stall_s) + 5
-
-
 def write_pod_script(folder: Path, binary: Path) -> None:
-    """Writes the start script of a pod to `folder`; the Dockerfile calls this."""
+    """Writes the start script of a pod to `folder`, with the time limits of default settings.
+
+    The Dockerfile calls this.
+    """
     environment_of = POD | {_BINARY: str(folder / Path(POD[_BINARY]).name)}
-    write_start_script(folder, binary, environment_of, Settings.model_validate({}))
+    defaults = Settings.model_validate({})  # mypy takes Settings() for incomplete
+    write_start_script(folder, binary, environment_of, defaults)
 
 
 def stop_listening(folder: Path) -> None:

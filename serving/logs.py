@@ -1,7 +1,7 @@
 """The server's log: one line of JSON or of text for each thing that happened, to stderr by default.
 
-One line a request, written by `log_request`; of what comes in floods, refusals with 429 and probes
-of a server that is not ready, one a second for each kind, with how many they were. What the server
+One line a request, written by `log_request`; of what comes in floods, refusals with 429 and failed
+probes, one a second for each kind, with how many they were. What the server
 and uvicorn have to say besides comes in the same form. A log is read by many and kept for long, so
 nothing of a request's body gets into it: no image, no name that a client made up, and no caption
 unless the settings say so. What others write about a request's failure might quote it, so from them
@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -76,16 +76,25 @@ def start_log(form: LogFormat, path: Path | None = None) -> None:
 
 @contextmanager
 def shown_on_stderr(pipe: Path) -> Iterator[None]:
-    """Makes a named pipe and shows on stderr all that other processes write to it in the block."""
+    """Shows on stderr all that other processes write to a named pipe until the block ends.
+
+    Lines of up to 4 KiB come out whole, whoever else writes at the time.
+
+    Args:
+        pipe: Is made.
+
+    Raises:
+        OSError: It cannot be made.
+    """
     os.mkfifo(pipe, 0o600)
     end = b"\0"  # in no line
     # Open for writing too: there is no end of file when a writer goes.
     with FileIO(os.open(pipe, os.O_RDWR)) as lines:
 
         def show() -> None:
-            while not (part := lines.read(65536) or end).endswith(end):
+            while end not in (part := lines.read(65536) or end):
                 _to_stderr(part)
-            _to_stderr(part.removesuffix(end))
+            _to_stderr(part.partition(end)[0])
 
         reader = threading.Thread(target=show, name="cutline-log", daemon=True)
         reader.start()
@@ -97,8 +106,10 @@ def shown_on_stderr(pipe: Path) -> Iterator[None]:
 
 
 def _to_stderr(part: bytes) -> None:
-    while part:
-        part = part[os.write(2, part) :]
+    # Whatever became of stderr, the pipe must be emptied: a full one stops all who write to it.
+    with suppress(OSError):
+        while part:
+            part = part[os.write(2, part) :]
 
 
 def noted() -> dict[str, Any]:
@@ -121,7 +132,7 @@ def log_request(noted: Mapping[str, Any], route: str, code: int, seconds: float)
     fields = {"route": route, "code": code, "seconds": round(seconds, 4)}
     fields |= {name: noted[name] for name in _NOTED if noted.get(name) is not None}
     if code == HTTPStatus.TOO_MANY_REQUESTS or route in _QUIET_ROUTES:
-        _refusals.tell((route, fields.get("key"), fields.get("error")), fields)
+        _floods.tell((route, code, fields.get("key"), fields.get("error")), fields)
     else:
         _write(fields)
 
@@ -138,7 +149,7 @@ API key, `captions` the texts, noted only where the settings allow it.
 """
 
 
-class Refusals:
+class Floods:
     """Tells of what comes in floods: the first of a kind at once, then all by a line a second."""
 
     def __init__(self) -> None:
@@ -163,7 +174,7 @@ class Refusals:
             self._wait(kind, fields)
 
 
-_refusals = Refusals()
+_floods = Floods()
 
 
 class _Json(logging.Formatter):

@@ -27,12 +27,13 @@ OVERLAYS = ("overlays/cpu", "overlays/gpu", "overlays/dev")
 KUSTOMIZATIONS = (*OVERLAYS, "storage", "retrain", "retrain-weekly")
 # Components that an operator adds to an overlay.
 ADDED_BY_HAND = ("components/s3", "components/keys")
+WITH_ADDED = "with what is added by hand"
 
 RECORDS = {
     "cpu.yaml": ("overlays/cpu", None),
     "gpu.diff": ("overlays/gpu", "overlays/cpu"),
     "dev.diff": ("overlays/dev", "overlays/cpu"),
-    "cpu-s3-keys.diff": ("", "overlays/cpu"),  # with what is added by hand
+    "cpu-s3-keys.diff": (WITH_ADDED, "overlays/cpu"),
     "storage.yaml": ("storage", None),
     "retrain.yaml": ("retrain", None),
     "retrain-weekly.yaml": ("retrain-weekly", None),
@@ -74,11 +75,11 @@ def recorded(file: str) -> str:
     name, other = RECORDS[file]
     if other is None:
         return _text(rendered(name))
-    if name:
-        documents = rendered(name)
-    else:
+    if name == WITH_ADDED:
         with tempfile.TemporaryDirectory() as folder:
             documents = everything(Path(folder), other, components=ADDED_BY_HAND)
+    else:
+        documents = rendered(name)
     before, after = (_text(one).splitlines() for one in (rendered(other), documents))
     return "".join(f"{line}\n" for line in difflib.unified_diff(before, after, n=1, lineterm=""))
 

@@ -51,7 +51,10 @@ WORDS = {
     "pod-security.kubernetes.io/audit": {"restricted"},
     "pod-security.kubernetes.io/warn": {"restricted"},
 }
-CUSTOM_GROUPS = {"ray.io/v1", "monitoring.coreos.com/v1"}
+CUSTOM_VERSIONS = {
+    **dict.fromkeys(("RayService", "RayJob", "RayCronJob"), "ray.io/v1"),
+    **dict.fromkeys(("PodMonitor", "PrometheusRule"), "monitoring.coreos.com/v1"),
+}
 # Of alerts.
 ALERT_LABELS = {"severity"}
 ALERT_ANNOTATIONS = {"summary", "description", "runbook_url"}
@@ -85,7 +88,7 @@ def document_problems(document: Document) -> Iterator[str]:
 
 
 def custom_problems(document: Document) -> Iterator[str]:
-    if document["apiVersion"] not in CUSTOM_GROUPS:
+    if document["apiVersion"] != CUSTOM_VERSIONS[document["kind"]]:
         yield f"apiVersion: {document['apiVersion']}"
     # A CRD leaves the metadata open; that of any built-in kind is the same.
     yield from core_problems(
@@ -197,7 +200,7 @@ def wrong_words(value: Any) -> Iterator[str]:
         for key, item in value.items():
             found = item if isinstance(item, list) else [item]
             if key in WORDS:
-                yield from (f"{key}: {word}" for word in found if word not in WORDS[key])
+                yield from (f"{key}: {word}" for word in found if word not in sorted(WORDS[key]))
             yield from wrong_words(item)
 
 

@@ -7,6 +7,8 @@ import json
 import logging
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import pytest
 from live import PNG, captions_of, running
@@ -51,14 +53,14 @@ def requests(lines):
 
 def test_of_what_is_refused_in_floods_one_line_a_second_stands_for_all(logged, monkeypatch):
     lines = logged("json")
-    monkeypatch.setattr(logs, "_refusals", logs.Refusals())
+    monkeypatch.setattr(logs, "_floods", logs.Floods())
     monkeypatch.setattr(logs, "_REST_S", 0.05)
 
     async def flood():
         for key in ("a", "a", "b", "a", "a"):
             logs.log_request({"key": key, "error": "Queue full"}, "captions", 429, 0.01)
-        for _ in range(3):
-            logs.log_request({"error": "Not ready"}, "health", 503, 0.01)
+        for code in (503, 503, 503, 500):
+            logs.log_request({"error": "Not ready"}, "health", code, 0.01)
         logs.log_request({"key": "a"}, "captions", 200, 0.2)
         await asyncio.sleep(0.2)
         logs.log_request({"key": "a", "error": "Queue full"}, "captions", 429, 0.01)
@@ -70,12 +72,13 @@ def test_of_what_is_refused_in_floods_one_line_a_second_stands_for_all(logged, m
         ("a", 429, None),
         ("b", 429, None),
         (None, 503, None),
+        (None, 500, None),
         ("a", 200, None),
         ("a", 429, 3),
         (None, 503, 2),
         ("a", 429, None),
     ]
-    assert not logs._refusals._more
+    assert not logs._floods._more
 
 
 def test_a_request_is_one_line_of_json(root, logged, photos):
@@ -273,3 +276,39 @@ def test_lines_of_several_processes_come_out_whole(tmp_path, capfd):
     told = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
     expected = [letter * 100 + str(number) for letter in "ab" for number in range(500)]
     assert sorted(told) == sorted(expected)
+
+
+def test_a_stderr_that_nobody_reads_stops_no_writer(tmp_path):
+    """As under `python -m serving up 2>&1 | head -1`."""
+    showing = f"""
+import subprocess, sys
+from pathlib import Path
+from serving.logs import shown_on_stderr
+with shown_on_stderr(Path({str(tmp_path / "log")!r})):
+    command = [sys.executable, "-c", {WRITER!r}, {str(tmp_path / "log")!r}, "a" * 10]
+    assert subprocess.run(command, timeout=30).returncode == 0
+"""
+    with subprocess.Popen([sys.executable, "-c", showing], stderr=subprocess.PIPE) as process:
+        process.stderr.close()
+        assert process.wait(60) == 0
+
+
+def test_the_end_is_found_while_others_still_write(tmp_path, capfd):
+    pipe = tmp_path / "log"
+    go_on = threading.Event()
+
+    def write():
+        with suppress(BrokenPipeError), pipe.open("a") as lines:
+            while not go_on.wait(0.0001):
+                lines.write("more\n")
+                lines.flush()
+
+    for _ in range(20):
+        writer = threading.Thread(target=write, daemon=True)
+        with logs.shown_on_stderr(pipe):
+            writer.start()
+        go_on.set()
+        writer.join(10)
+        go_on.clear()
+        pipe.unlink()
+    assert "\0" not in capfd.readouterr().err
