@@ -40,6 +40,9 @@ _REPLICA_PORTS = range(20_000, 32_000, 128)
 # for who comes next.
 _MAXCONN = 512
 _BUSY = _MAXCONN - 128
+# Before that, callers who have many of them already are refused theirs: a flood takes no replica's
+# time, and leaves the others their places.
+_MANY, _MANY_OF_ONE = 224, 64
 _OWN_ERRORS = {
     408: "The request's body did not come in time.",
     429: "The server has more requests than it can answer soon.",
@@ -143,11 +146,21 @@ def write_start_script(
     """Writes the script that starts `binary`, HAProxy itself, with the lines edited."""
     for code, detail in _OWN_ERRORS.items():
         (folder / f"{code}.http").write_bytes(_error_page(code, detail))
-    # In this order: a body that is waited for counts as a request. Up to the size of a buffer it is
-    # read before a replica hears of it.
+    # In this order: half-sent bodies count as requests, but not as a caller's. Up to the size of a
+    # buffer a body is read before a replica hears of it. A caller is a key, which nobody should read
+    # here, or an address.
     rules = (
-        f"deny deny_status 429 if METH_POST {{ be_conn gt {_BUSY} }}",
-        f"wait-for-body time {ceil(settings.body_s)}s at-least 1m if METH_POST",
+        "stick-table type string len 40 size 100k expire 1m store conn_cur",
+        f"http-request deny deny_status 429 if METH_POST {{ be_conn gt {_BUSY} }}",
+        f"http-request wait-for-body time {ceil(settings.body_s)}s at-least 1m if METH_POST",
+        "http-request set-var(txn.caller) src",
+        *(
+            f"http-request set-var(txn.caller) req.hdr({name}) if {{ req.hdr({name}) -m found }}"
+            for name in ("x-api-key", "authorization")
+        ),
+        "http-request track-sc0 var(txn.caller),sha1,hex",
+        "http-request deny deny_status 429 "
+        f"if METH_POST {{ be_conn gt {_MANY} }} {{ sc0_conn_cur gt {_MANY_OF_ONE} }}",
     )
     loopback = "s/^( *bind ) *[*]?:({ports})$/\\1127.0.0.1:\\2/".format(
         ports="|".join(
@@ -158,7 +171,7 @@ def write_start_script(
         loopback,
         f"s#errorfile ([0-9]+) .*#errorfile \\1 {folder}/\\1.http#",
         *(f"/^defaults$/a\\    errorfile {code} {folder}/{code}.http" for code in (408, 429)),
-        *(f"/^backend http-/a\\    http-request {rule}" for rule in rules),
+        *(f"/^backend http-/a\\    {rule}" for rule in rules),
         # Until it is told where replicas are, which may be half a second, it has no other answer.
         "/^backend default_backend$/,/^ *http-request return /"
         "s/^( *http-request return ).*/\\1status 503 default-errorfiles/",

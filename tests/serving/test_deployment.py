@@ -79,9 +79,9 @@ def test_haproxy_is_kept_to_the_loopback_interface(tmp_path):
     returns = re.findall(r"http-request return (.*)", edited)
     assert returns[0].startswith("status 200")
     assert returns[1:] == ["status 503 default-errorfiles"]
-    assert re.findall(
-        r"(?m)^backend http-cutline\n +http-request (\w+) .*\n +http-request (\S+) ", edited
-    )
+    backend = edited.partition("backend http-cutline\n")[2].partition("    server a")[0]
+    rules = re.findall(r"http-request (\S+)", backend)
+    assert rules[:2] == ["deny", "wait-for-body"] and rules[-2:] == ["track-sc0", "deny"]
     subprocess.run(command, check=True, capture_output=True)
     assert config.read_text().count("127.0.0.1:8000") == 1
 
@@ -169,6 +169,29 @@ def test_haproxy_refuses_by_itself_what_is_too_much_at_once(haproxy, monkeypatch
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.headers["retry-after"] == "1"
         assert answer.json()["status"] == 429
+
+
+def test_a_flood_leaves_the_places_of_others(haproxy, monkeypatch):
+    """One key sends all it can: it is refused before the server is full, another key is not."""
+    monkeypatch.setattr("serving.haproxy._MANY", 6)
+    monkeypatch.setattr("serving.haproxy._MANY_OF_ONE", 3)
+    url = f"http://127.0.0.1:{haproxy(Settings())}/v1/captions"
+
+    def post(key, header="authorization"):
+        return httpx.post(url, content=b"x", headers={header: key}, timeout=60)
+
+    with ThreadPoolExecutor(30) as clients:
+        try:
+            flood = [clients.submit(post, "Bearer a") for _ in range(20)]
+            until(lambda: sum(one.done() for one in flood) >= 12)
+            others = [clients.submit(post, key) for key in ("Bearer b", "Bearer c")]
+            others.append(clients.submit(post, "a", "x-api-key"))
+            until(lambda: Holding.asked == 20 - sum(one.done() for one in flood) + 3)
+        finally:
+            Holding.go_on.set()
+        codes = [one.result().status_code for one in flood]
+        assert [one.result().status_code for one in others] == [200] * 3
+    assert codes.count(200) <= 8 and codes.count(429) >= 12
 
 
 def test_half_sent_bodies_leave_connections_for_probes(haproxy, monkeypatch):
