@@ -147,8 +147,8 @@ def write_start_script(
     for code, detail in _OWN_ERRORS.items():
         (folder / f"{code}.http").write_bytes(_error_page(code, detail))
     # In this order: half-sent bodies count as requests, but not as a caller's. Up to the size of a
-    # buffer a body is read before a replica hears of it. A caller is a key, which nobody should read
-    # here, or an address.
+    # buffer a body is read before a replica hears of it. A caller is an address or a key, hashed,
+    # since nobody should read it here.
     rules = (
         "stick-table type string len 40 size 100k expire 1m store conn_cur",
         f"http-request deny deny_status 429 if METH_POST {{ be_conn gt {_BUSY} }}",
