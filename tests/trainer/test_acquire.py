@@ -179,7 +179,7 @@ def test_a_captioner_is_asked_and_proposes(
         acquire.run(config, tmp_path / folder)
     rows = rows_of(tmp_path / "one")
     assert rows == rows_of(tmp_path / "two")
-    assert {row["method"] for row in rows} == {method.replace("schedule", "uncertainty")}
+    assert {row["method"] for row in rows} == {method.replace("schedule", "badge")}
     assert all(row["proposal"] for row in rows)
     assert len({row["score"] for row in rows}) > 1
     page = (tmp_path / "one/picks.html").read_text(encoding="utf-8")

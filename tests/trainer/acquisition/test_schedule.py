@@ -18,13 +18,13 @@ def methods(labelled: int, count: int, speaker: Any = None, **keys: Any) -> list
 
 def test_a_hundred_labels() -> None:
     found = methods(0, 100, FakeSpeaker())
-    assert found == [("typiclust", 60), ("kcenter", 20), ("uncertainty", 20)]
+    assert found == [("typiclust", 60), ("kcenter", 20), ("badge", 20)]
 
 
 def test_it_goes_on_where_the_labels_are() -> None:
     assert methods(55, 10) == [("typiclust", 5), ("kcenter", 5)]
-    assert methods(70, 15, FakeSpeaker()) == [("kcenter", 10), ("uncertainty", 5)]
-    assert methods(80, 3, FakeSpeaker()) == [("uncertainty", 3)]
+    assert methods(70, 15, FakeSpeaker()) == [("kcenter", 10), ("badge", 5)]
+    assert methods(80, 3, FakeSpeaker()) == [("badge", 3)]
 
 
 def test_without_a_captioner_k_center_goes_on() -> None:
@@ -32,11 +32,13 @@ def test_without_a_captioner_k_center_goes_on() -> None:
 
 
 def test_thresholds_are_keys() -> None:
-    keys = {"typical_until": 2, "spread_until": 2, "uncertainty": {"captions": 2}}
+    keys = {"typical_until": 2, "spread_until": 2, "last": {"name": "uncertainty", "captions": 2}}
     assert methods(0, 6, FakeSpeaker(), **keys) == [("typiclust", 2), ("uncertainty", 4)]
     assert methods(0, 3, FakeSpeaker(), typical_until=0) == [("kcenter", 3)]
     with pytest.raises(ConfigError, match="spread_until = 5 is less than typical_until = 9"):
         acquisition("schedule", typical_until=9, spread_until=5)
+    with pytest.raises(ConfigError, match="bagde"):
+        acquisition("schedule", last={"name": "bagde"})
 
 
 def test_a_phase_counts_the_picks_before_it_as_labelled() -> None:
