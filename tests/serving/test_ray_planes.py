@@ -68,7 +68,7 @@ print("IN", ray.nodes())
 
 @pytest.mark.usefixtures("key")
 def test_ray_s_planes_are_closed_and_keys_hold_behind_haproxy(request, key, keys_file, photos):
-    server, url, _ = request.getfixturevalue("cluster")
+    server, url, *_ = request.getfixturevalue("cluster")
     processes = marked(mark_of(server.pid))
     places = listening_ports(processes)
     assert {address for address, _ in places} <= LOOPBACK  # the machine's network sees nothing
