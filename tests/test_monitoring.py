@@ -321,7 +321,7 @@ RAISED = {
     ),
     "CutlineRefusing": ([captions("0+90x30", code="200"), captions("0+10x30", code="429")], 20),
     "CutlineQueueFull": (
-        [series("cutline_queue_depth", "230x30"), series("cutline_queue_limit", "256x30")],
+        [series("cutline_queue_depth", "160x30"), series("cutline_queue_limit", "256x30")],
         20,
     ),
     "CutlineMemory": (

@@ -171,21 +171,21 @@ def test_haproxy_refuses_by_itself_what_is_too_much_at_once(haproxy, monkeypatch
         assert answer.json()["status"] == 429
 
 
-def test_a_flood_leaves_the_places_of_others(haproxy, monkeypatch):
+@pytest.mark.parametrize("header", ["authorization", "x-api-key"])
+def test_a_flood_leaves_the_places_of_others(haproxy, monkeypatch, header):
     """One key sends all it can: it is refused before the server is full, another key is not."""
     monkeypatch.setattr("serving.haproxy._MANY", 6)
     monkeypatch.setattr("serving.haproxy._MANY_OF_ONE", 3)
     url = f"http://127.0.0.1:{haproxy(Settings())}/v1/captions"
 
-    def post(key, header="authorization"):
+    def post(key):
         return httpx.post(url, content=b"x", headers={header: key}, timeout=60)
 
     with ThreadPoolExecutor(30) as clients:
         try:
-            flood = [clients.submit(post, "Bearer a") for _ in range(20)]
+            flood = [clients.submit(post, "a") for _ in range(20)]
             until(lambda: sum(one.done() for one in flood) >= 12)
-            others = [clients.submit(post, key) for key in ("Bearer b", "Bearer c")]
-            others.append(clients.submit(post, "a", "x-api-key"))
+            others = [clients.submit(post, key) for key in "bcc"]
             until(lambda: Holding.asked == 20 - sum(one.done() for one in flood) + 3)
         finally:
             Holding.go_on.set()
