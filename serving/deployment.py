@@ -19,8 +19,10 @@ from uuid import uuid4
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
 
 from serving.app import create_app
+from serving.connection import Connection
 from serving.edge import REQUEST_ID
 from serving.engine import Engine
 from serving.haproxy import (
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CONNECTION = f"{Connection.__module__}:{Connection.__qualname__}"
 _LOG = "log"  # a pipe in the server's folder
 _WRONG_IN_A_ROW = 3  # golden captions
 _OBJECT_STORE_BYTES = 80_000_000  # the least that Ray takes; nothing is kept there
@@ -65,6 +68,7 @@ class CaptionService:
                 else to serve, the replica waits for one instead.
         """
         start_log(settings.log_format, settings.log_file)
+        HTTP_PROTOCOLS["auto"] = _CONNECTION  # Ray leaves the choice to uvicorn
         if settings.metrics_dir is None:
             # One of several, perhaps: they show their metrics together.
             settings = settings.model_copy(update={"metrics_dir": node_folder()})

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from serving.app import create_app
+from serving.connection import Connection
 from serving.engine import Engine
 from serving.logs import start_log
 from serving.metrics import Metrics
@@ -49,13 +50,14 @@ def serve(settings: Settings) -> None:
 
 
 def web_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
-    """Returns uvicorn around the app; by h11, which bounds the head of a request."""
+    """Returns uvicorn around the app."""
     return uvicorn.Server(
         uvicorn.Config(
             app,
             host=settings.host,
             port=settings.port,
-            http="h11",
+            http=Connection,
+            ws="none",
             log_config=None,  # its own would come beside ours
             access_log=False,
             timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,
