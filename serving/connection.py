@@ -55,6 +55,12 @@ class Connection(HttpToolsProtocol):
         self._unfinished = 0
         super().on_body(body)
 
+    def _should_upgrade(self) -> bool:
+        return False  # whatever else a client would speak, it is answered in HTTP
+
+    def _unsupported_upgrade_warning(self) -> None:
+        pass
+
     def _await_head(self) -> None:
         if self._head_late is None:
             self._head_late = self.loop.call_later(HEAD_S, lambda: self.transport.close())

@@ -57,7 +57,6 @@ def web_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
             host=settings.host,
             port=settings.port,
             http=Connection,
-            ws="none",
             log_config=None,  # its own would come beside ours
             access_log=False,
             timeout_graceful_shutdown=math.ceil(settings.deadline_s) + 5,

@@ -25,7 +25,10 @@ import fuzz_targets
 
 # Whose branches guide the search; all of PIL and of the server would take ten seconds to prepare.
 _READERS = [
-    *(f"serving.{name}" for name in ("chat", "decode_image", "feedback", "image_walk")),
+    *(
+        f"serving.{name}"
+        for name in ("chat", "connection", "decode_image", "feedback", "image_walk")
+    ),
     *(f"serving.{name}" for name in ("json_body", "onnx_walk", "request", "tensors")),
     *(f"PIL.{name}ImagePlugin" for name in ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "Tiff", "WebP")),
     *("exports.images", "python_multipart.multipart", "starlette.formparsers"),

@@ -8,23 +8,28 @@ same bytes, the two must agree.
 import asyncio
 import base64
 import json
+import re
 import struct
 import sys
 import zlib
 from pathlib import Path
 
 import onnx
+import uvicorn
 from google.protobuf.message import DecodeError, Message
 from PIL import Image
 from starlette.requests import Request
+from uvicorn.server import ServerState
 
 sys.path.append(str(Path(__file__).parents[1] / "serving"))
 
+from fake_transport import Sent
 from image_zoo import READ_HERE, polyglots, saved
 from tiny_bundle import picture
 
 from exports.images import ImageSpec
 from serving.chat import read_chat
+from serving.connection import Connection
 from serving.decode_image import ImageLimits, decode_image
 from serving.errors import BundleRejected, CaptionError, MalformedRequest
 from serving.feedback import _read as read_feedback
@@ -105,6 +110,45 @@ def graph(body):
         _is_harmless(onnx.ModelProto.FromString(body))
     except DecodeError:
         return  # ONNX Runtime refuses it, too
+
+
+def connection(body):
+    """Bytes on a connection, in pieces: a request is answered once, or refused by 400."""
+    cuts, _, body = body.partition(b"\n")
+    _loop.run_until_complete(_on_a_connection(cuts, body))
+
+
+async def _on_a_connection(cuts, body):
+    failures = []
+    _loop.set_exception_handler(lambda _, context: failures.append(context))
+    asked = []
+
+    async def app(scope, receive, send):
+        asked.append(scope["path"])
+        more = True
+        while more:
+            message = await receive()
+            more = message.get("more_body", False)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    sent = Sent()
+    config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False)
+    one = Connection(config, ServerState(), {}, _loop)
+    one.connection_made(sent)
+    for cut in (*cuts, len(body)):
+        piece, body = body[:cut], body[cut:]
+        if piece and not sent.is_closing():
+            one.data_received(piece)
+            await asyncio.sleep(0)
+    for _ in range(4 * len(asked) + 4):
+        await asyncio.sleep(0)
+    one.connection_lost(None)
+    await asyncio.sleep(0)
+    codes = re.findall(rb"HTTP/1\.1 (\d+) ", b"".join(sent.writes))
+    assert {*codes} <= {b"100", b"200", b"400"}, codes
+    assert codes.count(b"200") <= len(asked)
+    assert not failures, failures
 
 
 def _is_harmless(message):
@@ -272,6 +316,14 @@ def _infers():
     yield str(len(head)).encode() + b"\n" + head + packed
 
 
+def _on_the_wire():
+    post = b"POST /v1/captions?n=1 HTTP/1.1\r\nHost: x\r\n"
+    yield b"\nGET / HTTP/1.1\r\nHost: x\r\n\r\nGET /%41 HTTP/1.1\r\nConnection: close\r\n\r\n"
+    yield b"\x08\x30\n" + post + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\nabc"
+    yield b"\x50\n" + post + b"Transfer-Encoding: chunked\r\n\r\n3;a=b\r\nabc\r\n0\r\nT: 1\r\n\r\n"
+    yield b"\nGET /v1 HTTP/1.0\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"
+
+
 def _graphs():
     helper = onnx.helper
     value = helper.make_tensor_value_info
@@ -294,6 +346,7 @@ def _graphs():
 def seeds():
     """Returns bytes to begin with, of each target by its name."""
     found = {"image": list(_images()), "tensors": list(_infers()), "graph": list(_graphs())}
+    found["connection"] = list(_on_the_wire())
     found["json_body"] = [b'{"a": [1, -2.5e3, "\\u00e4\\"[", true, null, {}]}', b"[[[[]]]]", b'"a"']
     for target, body in _requests():
         found.setdefault(target, []).append(body)
@@ -302,5 +355,5 @@ def seeds():
 
 TARGETS = {
     target.__name__: target
-    for target in (image, json_body, captions, chat, feedback, tensors, graph)
+    for target in (image, json_body, captions, chat, feedback, tensors, graph, connection)
 }

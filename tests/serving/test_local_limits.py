@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from fake_transport import Sent
 from uvicorn.server import ServerState
 
 from serving import connection
@@ -108,24 +109,6 @@ def test_a_slow_body_is_the_apps_matter(port, monkeypatch):
         assert one.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
-class Sent(asyncio.Transport):
-    """A transport that writes nowhere."""
-
-    def __init__(self):
-        super().__init__()
-        self.writes = []
-        self.closed_after = None
-
-    def write(self, data):
-        self.writes.append(data)
-
-    def close(self):
-        self.closed_after = len(self.writes)
-
-    def is_closing(self):
-        return self.closed_after is not None
-
-
 @pytest.mark.parametrize("how", [b"", b"Connection: close\r\n"])
 def test_an_answer_leaves_whole(how):
     async def answer():
@@ -143,3 +126,12 @@ def test_an_answer_leaves_whole(how):
     assert [write[:15] for write in sent.writes] == [b"HTTP/1.1 200 OK"] * (1 if how else 2)
     assert all(write.endswith(b"ok\r\n0\r\n\r\n") for write in sent.writes)
     assert sent.closed_after == len(sent.writes)
+
+
+def test_who_would_speak_otherwise_is_answered_in_http(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as one:
+        one.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        assert one.recv(100).startswith(b"HTTP/1.1 200 ")
