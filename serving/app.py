@@ -112,27 +112,28 @@ def create_app(
         openapi_url=None,
     )
     app.state.server = Server(
-        settings,
-        manager,
-        engine,
-        metrics,
-        pages,
-        reproof,
-        ImageLimits(max_pixels=settings.max_pixels),
-        decoders,
-        # A lone body always fits.
-        Budget(
-            max(settings.max_held_bytes, settings.max_body_bytes * bodies),
+        settings=settings,
+        manager=manager,
+        engine=engine,
+        metrics=metrics,
+        pages=pages,
+        reproof=reproof,
+        limits=ImageLimits(max_pixels=settings.max_pixels),
+        decoders=decoders,
+        held_bytes=Budget(
+            max(settings.max_held_bytes, settings.max_body_bytes * bodies),  # a lone body fits
             "The server holds as many bytes of requests as it has room for.",
         ),
         # The engine bounds what waits for it; this, all that are in memory, by callers' shares.
-        Budget(
+        held_images=Budget(
             settings.max_queue + settings.max_rows,
             "As many images wait already as the server has room for.",
         ),
-        FeedbackStore(settings.feedback_dir, settings.feedback_bytes)
-        if settings.feedback_dir
-        else None,
+        feedback=(
+            FeedbackStore(settings.feedback_dir, settings.feedback_bytes)
+            if settings.feedback_dir
+            else None
+        ),
     )
     for router in (_api, chat.router, v2.router, feedback.router):
         app.include_router(router)
