@@ -313,9 +313,11 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 
 
 def start(root, folder, out):
-    # Slow, so that it is in the middle when it is told to end.
+    # Slow, so that it is in the middle when it is told to end; which a shell's background job, and
+    # what such a job starts, would not hear.
     code = (
-        "import sys, time, serving.bulk as bulk; bulk.SLOTS = 2\n"
+        "import signal, sys, time, serving.bulk as bulk; bulk.SLOTS = 2\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "real = bulk._caption_batch\n"
         "bulk._caption_batch = lambda *given: (time.sleep(0.02), real(*given))[1]\n"
         "from serving.__main__ import main; sys.exit(main(sys.argv[1:]))"
