@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -36,11 +37,12 @@ def listening_ports(processes):
     """Returns the (address, port) pairs on which processes listen, from /proc/net."""
     inodes = set()
     for pid in processes:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            try:
+        descriptors = []
+        with suppress(FileNotFoundError, ProcessLookupError):  # the process has ended since
+            descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+        for descriptor in descriptors:
+            with suppress(FileNotFoundError, ProcessLookupError):
                 inodes.update(re.findall(r"socket:\[(\d+)\]", str(descriptor.readlink())))
-            except OSError:
-                continue
     rows = [
         line.split()
         for table in ("/proc/net/tcp", "/proc/net/tcp6")
