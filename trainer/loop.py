@@ -43,6 +43,7 @@ class Loop(Config):
     accumulate: int = Field(default=1, ge=1)
     """Batches whose gradients are averaged into one step."""
     autocast: Literal["off", "bf16", "fp16"] = "off"
+    """What matrix products are computed in; bf16 is off on a CPU without instructions for it."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     ema: float = Field(default=0.0, ge=0, lt=1)
@@ -103,6 +104,7 @@ class TrainingLoop:
         self._after_saving = after_saving
         self._optimizer = build_optimizer(objective, optim)
         self._average = MovingAverage(objective, config.ema) if config.ema else None
+        self._half = _half(config, self.device)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.autocast == "fp16")
         batches = len(EpochSampler(len(dataset), config.batch_size, seed=seed, epoch=0))
         if config.accumulate > batches:
@@ -226,10 +228,7 @@ class TrainingLoop:
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self._config.autocast == "off":
-            return nullcontext()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self._config.autocast]
-        return torch.autocast(self.device.type, dtype)
+        return torch.autocast(self.device.type, self._half) if self._half else nullcontext()
 
     def _kept_weights(self) -> AbstractContextManager[Any]:
         """Puts the moving average in place of the weights for a while."""
@@ -268,6 +267,20 @@ def device_of(config: Loop) -> torch.device:
     if config.device != "auto":
         return torch.device(config.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _half(config: Loop, device: torch.device) -> torch.dtype | None:
+    """Returns the type of two bytes that `[loop]` asks for, if computing in it saves time."""
+    if config.autocast == "bf16" and device.type == "cpu" and not has_bf16():
+        if rank() == 0:
+            print("loop.autocast = bf16 would be slower on this processor: training in float32")
+        return None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.autocast]
+
+
+def has_bf16() -> bool:
+    """Returns whether the CPU has instructions for bfloat16, which is very slow without."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def load_kept_weights(module: nn.Module, path: Path, prefix: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from tiny_captioner import VIT
 
+from trainer import loop
 from trainer.checkpoint import load_checkpoint, save_checkpoint
 from trainer.errors import CheckpointError, ConfigError, DataError
 from trainer.optim import MovingAverage, Optim, build_optimizer, learning_rate
@@ -92,10 +93,23 @@ def test_a_run_tells_tensorboard_too(whole_run) -> None:
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])
-def test_half_precision_stays_near_full(shapes, whole_run, tmp_path: Path, mode: str) -> None:
+def test_half_precision_stays_near_full(
+    shapes, whole_run, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "has_bf16", lambda: True)
     finetune.run(recipe(shapes, loop={"autocast": mode}), tmp_path)
     for half, full in zip(log(tmp_path), log(whole_run), strict=True):
         assert half["loss"] == pytest.approx(full["loss"], abs=0.05)
+    assert [one["loss"] for one in log(tmp_path)] != [one["loss"] for one in log(whole_run)]
+
+
+def test_a_processor_without_bf16_trains_in_float32_and_says_so(
+    shapes, whole_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(loop, "has_bf16", lambda: False)
+    finetune.run(recipe(shapes, loop={"autocast": "bf16"}), tmp_path)
+    assert log(tmp_path) == log(whole_run)
+    assert "bf16 would be slower on this processor" in capsys.readouterr().out
 
 
 def test_accumulated_batches_equal_one_large_batch(shapes, tmp_path: Path) -> None:
