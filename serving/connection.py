@@ -90,8 +90,8 @@ class _Whole:
         self._transport.close()
 
     def _send(self) -> None:
-        if self._held:
-            held, self._held = self._held, []
+        held, self._held = self._held, []
+        if held and not self._transport.is_closing():  # the client may have gone since
             self._transport.write(b"".join(held))
 
     def __getattr__(self, name: str) -> Any:

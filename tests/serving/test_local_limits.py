@@ -109,23 +109,39 @@ def test_a_slow_body_is_the_apps_matter(port, monkeypatch):
         assert one.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize("how", [b"", b"Connection: close\r\n"])
-def test_an_answer_leaves_whole(how):
-    async def answer():
+def on_a_connection(head, then):
+    """Returns a transport on which a request came, after `then` was awaited with it."""
+
+    async def run():
         sent = Sent()
-        config = web_server(app, Settings()).config
-        one = Connection(config, ServerState(), {})
+        one = Connection(web_server(app, Settings()).config, ServerState(), {})
         one.connection_made(sent)
         for _ in range(2):
-            one.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n" + how + b"\r\n")
-            await asyncio.sleep(0.02)
+            one.data_received(head)
+            await then(sent)
         one.connection_lost(None)
         return sent
 
-    sent = asyncio.run(answer())
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", [b"", b"Connection: close\r\n"])
+def test_an_answer_leaves_whole(how):
+    sent = on_a_connection(
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + how + b"\r\n", lambda _: asyncio.sleep(0.02)
+    )
     assert [write[:15] for write in sent.writes] == [b"HTTP/1.1 200 OK"] * (1 if how else 2)
     assert all(write.endswith(b"ok\r\n0\r\n\r\n") for write in sent.writes)
     assert sent.closed_after == len(sent.writes)
+
+
+def test_nothing_is_sent_to_a_client_that_has_gone():
+    async def gone(sent):
+        await asyncio.sleep(0)  # the app has answered, in this turn
+        sent.close()
+        await asyncio.sleep(0.02)
+
+    assert on_a_connection(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", gone).writes == []
 
 
 def test_who_would_speak_otherwise_is_answered_in_http(port):
