@@ -41,7 +41,9 @@ def train_tokenizer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        min_frequency=2,
+        # A word that occurs once is whole too, where there is room: a captioner of few captions
+        # would string its pieces together into words that there are not.
+        min_frequency=1,
         show_progress=False,
     )
     tokenizer.train_from_iterator(captions, trainer)

@@ -46,3 +46,8 @@ def test_frequent_words_become_one_token_and_the_vocabulary_is_bounded() -> None
     assert spec.vocab_size == 300 and max(tokenizer.encode("a dog's grass")) < 300
     tokenizer, spec = trained(["the big dog"] * 9, vocab_size=5000)
     assert spec.vocab_size < 300 and len(tokenizer.encode("the big dog")) == 3
+
+
+def test_a_word_that_occurs_once_is_one_token_where_there_is_room() -> None:
+    tokenizer, _ = trained(["a saxophonist plays", "a dog"], vocab_size=400)
+    assert len(tokenizer.encode("a saxophonist plays")) == 3
