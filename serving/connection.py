@@ -37,6 +37,7 @@ class Connection(HttpToolsProtocol):
         self._unfinished += len(data)
         before = self._unfinished
         super().data_received(data)
+        # The same as before: nothing has ended within this data.
         if before == self._unfinished > _UNFINISHED and not self.transport.is_closing():
             self.send_400_response("The head of the request is too long.")
 

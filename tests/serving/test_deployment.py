@@ -404,6 +404,15 @@ def test_under_ray_it_serves_swaps_and_ends_without_a_trace(cluster, photos):
         assert refused.status_code == 413
         assert refused.headers["content-type"] == "application/problem+json"
 
+        # Replicas, too, speak by serving.connection: uvicorn's own would try another protocol.
+        upgrade = {
+            "connection": "Upgrade",
+            "upgrade": "websocket",
+            "sec-websocket-version": "13",
+            "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+        }
+        assert client.get("/healthz", headers=upgrade).status_code == 200
+
         registry.promote("tiny", "2")
         promoted = time.monotonic()
         versions = ["1"]
