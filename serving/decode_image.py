@@ -11,7 +11,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from exports.errors import ImageError
 from exports.images import ImageSpec, preprocess
 from serving.errors import ImageTooLarge, NotAnImage, UndecodableImage
-from serving.image_walk import check_pieces, check_scans
+from serving.image_walk import check_pieces, check_scans, gif_reach
 from serving.limits import MAX_PIXELS
 
 # No AVIF: its container states one size and the video stream in it another, which libavif decodes
@@ -55,6 +55,8 @@ def decode_image(body: bytes, spec: ImageSpec, limits: ImageLimits) -> npt.NDArr
 
 
 def _open(body: bytes, kind: str, limits: ImageLimits) -> Image.Image:
+    if kind == "GIF":
+        _check_size(*gif_reach(body), limits)
     try:
         image = Image.open(BytesIO(body), formats=[kind])  # reads the header only
         sizes = (image.size, _tile_size(image))
@@ -63,14 +65,18 @@ def _open(body: bytes, kind: str, limits: ImageLimits) -> Image.Image:
     except Exception as error:  # the format plugins raise nearly every built-in exception
         raise UndecodableImage(f"The {kind} file is damaged: its header makes no sense.") from error
     for width, height in sizes:
-        if width * height > limits.max_pixels:
-            raise ImageTooLarge(
-                f"The image has {width} x {height} pixels, more than {limits.max_pixels:,}:"
-                " make it smaller."
-            )
+        _check_size(width, height, limits)
     if kind == "JPEG":
         check_scans(body, image.width * image.height)
     return image
+
+
+def _check_size(width: int, height: int, limits: ImageLimits) -> None:
+    if width * height > limits.max_pixels:
+        raise ImageTooLarge(
+            f"The image has {width} x {height} pixels, more than {limits.max_pixels:,}:"
+            " make it smaller."
+        )
 
 
 def _tile_size(image: Image.Image) -> tuple[int, int]:

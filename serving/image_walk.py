@@ -9,6 +9,7 @@ of a TIFF that all lie over one another and are read again for each. No photogra
 import re
 import struct
 from collections.abc import Callable, Iterator
+from io import BytesIO
 
 import numpy as np
 
@@ -20,6 +21,7 @@ _EXIF = 32  # segments of a JPEG, which Pillow puts together, copying all before
 _PARTS = 20_000  # chunks of pixels in a PNG; 1 KB each, they hold 20 MB
 _JUNK = 4_096  # bytes of a JPEG's head that belong to nothing; Pillow reads them one by one
 _BLOCKS = 20_000  # of up to 255 bytes, in the extensions of a GIF
+_GIF_COMMENT, _GIF_APPLICATION = b"\xfe", b"\xff"
 _STRIPS = 500_000
 _SCANNED = 2_000_000_000  # pixels of all scans of a JPEG: fifty times the largest image
 
@@ -113,21 +115,42 @@ def _check_webp(body: bytes) -> None:
         at += 8 + length + length % 2
 
 
-def _check_gif(body: bytes) -> None:
-    pieces = blocks = 0
-    at = 13 + _gif_palette(body, 10)
-    while body[at : at + 1] not in (b"", b",", b";"):
-        if body[at] != ord("!"):
-            pieces, at = pieces + 1, at + 1
-        else:
-            pieces, at = pieces + 1, at + 2
-            while at < len(body) and body[at]:
-                blocks, at = blocks + 1, at + 1 + body[at]
-                if blocks > _BLOCKS:
-                    break
-            at += 1
-        if pieces > _PIECES or blocks > _BLOCKS:
-            raise _too_many("GIF", "too many comments or extensions before its pixels")
+def gif_reach(body: bytes) -> tuple[int, int]:
+    """Returns the width and height that the first frame of a GIF reaches to, (0, 0) without one.
+
+    Pillow may fill as much memory while it reads the header, whatever size the file states before.
+    The walk is Pillow's own, oddities and all, so that both find the same frame.
+
+    Raises:
+        UndecodableImage: More stands before the frame than an image needs.
+    """
+    file, blocks = BytesIO(body), 0
+    file.seek(13 + _gif_palette(body, 10))
+    refusal = _too_many("GIF", "too many comments or extensions before its pixels")
+
+    def block() -> bytes:
+        nonlocal blocks
+        blocks += 1
+        if blocks > _BLOCKS:
+            raise refusal
+        length = file.read(1)
+        return file.read(length[0]) if length else b""
+
+    for _ in range(_PIECES):
+        piece = file.read(1)
+        if piece in (b"", b";"):
+            return 0, 0
+        if piece == b",":
+            left, top, width, height = struct.unpack("<4H", file.read(8).ljust(8, b"\0"))
+            return left + width, top + height
+        if piece == b"!":
+            label, first = file.read(1), block()
+            if label == _GIF_APPLICATION and first.startswith(b"NETSCAPE2.0"):
+                block()
+            if label != _GIF_COMMENT or first:
+                while block():
+                    pass
+    raise refusal
 
 
 def _gif_palette(body: bytes, at: int) -> int:
@@ -183,6 +206,5 @@ _CHECKS: dict[str, Callable[[bytes], None]] = {
     "JPEG": _check_jpeg,
     "PNG": _check_png,
     "WEBP": _check_webp,
-    "GIF": _check_gif,
     "TIFF": _check_tiff,
 }

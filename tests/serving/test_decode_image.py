@@ -235,7 +235,49 @@ def test_a_tiff_with_tiles_larger_than_itself_is_too_large():
         decode(body)
 
 
-def test_a_decompression_bomb_costs_no_memory():
+CLEARED = b"!\xf9\4\x09\0\0\x07\0"  # what Pillow fills when it reads the header, to clear the frame
+BEFORE_THE_FRAME = {
+    "nothing": b"",
+    "a comment": b"!\xfe\1A\0",
+    "an empty comment": b"!\xfe\0",
+    "an extension that is empty at first": b"!\xf9\0\1A\0",
+    "a loop without its count": b"!\xff\x0bNETSCAPE2.0\0\1A\0",
+    "stray bytes": b"xyz",
+}
+
+
+def far(before):
+    """Returns a GIF of 16 x 16 pixels whose frame is 50,000 to the right and below of it."""
+    body = picture(0, format="GIF", size=(16, 16))
+    at = 13 + 3 * 256
+    frame = b"," + struct.pack("<4H", 49_984, 49_984, 16, 16)
+    wide = b"," + struct.pack("<4H", 0, 0, 50_000, 50_000)
+    return body[:at] + before + CLEARED + (frame if before else wide) + body[at + 9 :]
+
+
+@pytest.mark.parametrize("before", BEFORE_THE_FRAME.values(), ids=BEFORE_THE_FRAME)
+def test_a_gif_is_as_large_as_its_frame(before, monkeypatch):
+    with pytest.raises(ImageTooLarge, match="50000 x 50000"):
+        decode(far(before))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
+    with pytest.raises(Image.DecompressionBombError):  # the walk ended where Pillow's does
+        Image.open(BytesIO(far(before)))
+
+
+def swollen_png():
+    rows = zlib.compressobj(1)  # 8,000 x 8,000 RGB: 192 MB in less than 1
+    data = b"".join(rows.compress(bytes(1 + 24_000)) for _ in range(8_000)) + rows.flush()
+
+    def chunk(kind, payload):
+        crc = zlib.crc32(kind + payload)
+        return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", crc)
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8_000, 8_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bomb", [swollen_png, lambda: far(b"")], ids=["PNG", "GIF"])
+def test_a_decompression_bomb_costs_no_memory(bomb):
     script = """
 import resource, sys
 from io import BytesIO
@@ -254,17 +296,11 @@ try:
 except ImageTooLarge:
     print(peak() - before)
 """
-    rows = zlib.compressobj(1)  # 8,000 x 8,000 RGB: 192 MB in less than 1
-    data = b"".join(rows.compress(bytes(1 + 24_000)) for _ in range(8_000)) + rows.flush()
-
-    def chunk(kind, payload):
-        crc = zlib.crc32(kind + payload)
-        return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", crc)
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8_000, 8_000, 8, 2, 0, 0, 0))
-    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], input=bomb, capture_output=True, check=True
+        [sys.executable, "-W", "ignore", "-c", script],
+        input=bomb(),
+        capture_output=True,
+        check=True,
     )
     assert int(done.stdout) <= 4  # MiB
 
