@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 RUN ?= runs/base
-BUNDLE ?= exports/models/cutline-base/1
+BUNDLE ?= exports/models/cutline-base/2
 IMAGES ?=
 BIN := .venv/bin
 

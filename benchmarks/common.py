@@ -34,7 +34,7 @@ def parser(document: str) -> argparse.ArgumentParser:
     """Returns a parser with the arguments that every benchmark takes."""
     made = argparse.ArgumentParser(description=document.partition("\n")[0])
     made.add_argument(
-        "--bundle", type=Path, default=Path("exports/models/cutline-base/1"), help="what is served"
+        "--bundle", type=Path, default=Path("exports/models/cutline-base/2"), help="what is served"
     )
     made.add_argument("--images", type=Path, help="a folder of photographs")
     made.add_argument("--tiny", action="store_true", help="random weights, drawn pictures")

@@ -161,13 +161,14 @@ def queued(served: Served, batch: int, runner: asyncio.Runner, stack: ExitStack)
     return Side("its scheduler", lambda pixels, count: runner.run(clients(pixels, count)), meter)
 
 
-def pytorch(folder: Path, bundle: Path, threads: int) -> Captioner:
+def pytorch(folder: Path, bundle: Path, threads: int, device: str = "cpu") -> Captioner:
     """Returns the PyTorch captioner whose export a bundle is, weights and all, for `generate`.
 
     Args:
         folder: The training run.
         bundle: Says how the run's weights were averaged with those that it started from.
         threads: Of this process; PyTorch has one setting for all that it computes.
+        device: Where it computes.
 
     Raises:
         UsageError: The folder is no training run.
@@ -177,25 +178,36 @@ def pytorch(folder: Path, bundle: Path, threads: int) -> Captioner:
     source = Run(folder)
     # A run that started from no other has the weights of the export already.
     share = Bundle.open(bundle).manifest.provenance["blend"] if source.recipe.start else 1
-    captioner = round_weights(blended(source, share))
+    captioner = round_weights(blended(source, share)).to(device)
     captioner.encoder.to(memory_format=torch.channels_last)  # convolves in half the time
     return captioner
 
 
-def generate(captioner: Captioner, generation: Generation, *, bf16: bool = False) -> Side:
-    """Returns `generate` on the same weights; both attentions keep their keys and values."""
+def generate(captioner: Captioner, generation: Generation, *, half: bool = False) -> Side:
+    """Returns `generate` on the same weights; both attentions keep their keys and values.
+
+    Args:
+        captioner: On the device that computes.
+        generation: The search.
+        half: Under autocast, in the type of two bytes that the device is best at.
+    """
     text, model = captioner.text, captioner.decoder.model
+    device = next(captioner.parameters()).device
+    dtype, words = {
+        "cpu": (torch.bfloat16, "bfloat16"),
+        "cuda": (torch.float16, "float16"),
+    }[device.type]
 
     @torch.inference_mode()
     def caption(pixels: Pixels, batch: int) -> list[Ids]:
         found: list[Ids] = []
         for part in _batches(pixels, batch):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, dtype, enabled=half):
                 # The view's layout is channels-last, as that of the weights is.
-                memory = captioner.encode(torch.from_numpy(part).permute(0, 3, 1, 2))
+                memory = captioner.encode(torch.from_numpy(part).to(device).permute(0, 3, 1, 2))
                 rows = model.generate(
-                    input_ids=torch.full((len(part), 1), text.bos_id),
-                    attention_mask=torch.ones(len(part), 1, dtype=torch.int64),
+                    input_ids=torch.full((len(part), 1), text.bos_id, device=device),
+                    attention_mask=torch.ones(len(part), 1, dtype=torch.int64, device=device),
                     encoder_hidden_states=memory,  # (B, N, D); repeated for the beams in there
                     num_beams=generation.num_beams,
                     max_new_tokens=generation.max_new_tokens,
@@ -212,14 +224,16 @@ def generate(captioner: Captioner, generation: Generation, *, bf16: bool = False
             found += [_without_padding(row, text.eos_id) for row in rows[:, 1:].tolist()]
         return found
 
-    return Side("`generate` in bfloat16" if bf16 else "`generate`", caption)
+    return Side(f"`generate` in {words}" if half else "`generate`", caption)
 
 
 @torch.inference_mode()
 def score(captioner: Captioner, image: Pixels, ids: Ids, length_penalty: float) -> float:
     """Returns a caption's score by the PyTorch captioner; the image is (H, W, 3)."""
-    tokens = torch.tensor([[captioner.text.bos_id, *ids]])
-    logits = captioner(torch.from_numpy(image[None]).permute(0, 3, 1, 2), tokens[:, :-1])
+    device = next(captioner.parameters()).device
+    tokens = torch.tensor([[captioner.text.bos_id, *ids]], device=device)
+    pixels = torch.from_numpy(image[None]).to(device).permute(0, 3, 1, 2)
+    logits = captioner(pixels, tokens[:, :-1])
     log_probs = logits.log_softmax(-1).gather(2, tokens[:, 1:, None])
     return float(log_probs.sum() / len(ids) ** length_penalty)
 

@@ -1,6 +1,7 @@
 """This engine against `generate` of transformers: one model, one set of photographs, one search.
 
-    python benchmarks/engine.py --run runs/base --bundle exports/models/cutline-base/1 --images DIR
+    python benchmarks/engine.py --run runs/base --bundle exports/models/cutline-base/2 --images DIR
+    python benchmarks/engine.py --provider cuda --bundle EXPORTED_WITH_FP16 ...
     python benchmarks/engine.py --tiny
 
 Pixels are decoded beforehand and token ids come out; all that lies between is timed. The sides take
@@ -43,9 +44,11 @@ HEAD = (
 
 
 def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
-    captioner = pytorch(arguments.run, arguments.bundle, arguments.threads)
-    source, served = Run(arguments.run), Served.load(arguments.bundle, threads=arguments.threads)
-    floats = arguments.float and Served.load(arguments.float, threads=arguments.threads)
+    threads, device = arguments.threads, arguments.provider
+    captioner = pytorch(arguments.run, arguments.bundle, threads, device)
+    source = Run(arguments.run)
+    served = Served.load(arguments.bundle, threads=threads, provider=device)
+    floats = arguments.float and Served.load(arguments.float, threads=threads, provider=device)
     paths = photographs(arguments.images, arguments.count)
     pixels = np.stack([load_pixels(path, served.image_spec) for path in paths])
     generation = served.manifest.defaults
@@ -62,7 +65,7 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
         if floats:
             sides.append(direct(floats, f"{OURS}, float32"))
         _warm_up(sides, part, batch)
-        half = generate(captioner, generation, bf16=True)
+        half = generate(captioner, generation, half=True)
         if _seconds(half, part, batch) < _seconds(peer, part, batch):
             sides.append(half)
         _measure(sides, part, batch, arguments.rounds)
@@ -83,7 +86,8 @@ def _benchmark(arguments: argparse.Namespace, stack: ExitStack) -> None:
             for ids in (our_ids, their_ids)
         ]
         print(f"- {paths[place].name}, batch {batches}: {texts[0]}; `generate`: {texts[1]}")
-    packages = ("onnxruntime", "torch", "transformers", "numpy")
+    runtime = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu"}[device]
+    packages = (runtime, "torch", "transformers", "numpy")
     print(machine(arguments.threads, f"medians of {arguments.rounds} rounds", packages))
 
 
@@ -142,5 +146,8 @@ def _rows(sides: Sequence[Side], peer: Side, batch: int) -> Iterator[list[str]]:
 
 if __name__ == "__main__":
     made = compares(parser(__doc__))
+    made.add_argument(
+        "--provider", choices=("cpu", "cuda"), default="cpu", help="where both sides compute"
+    )
     made.add_argument("--float", type=Path, help="the same run, exported without [int8]")
     sys.exit(main(_benchmark, made.parse_args(), TrainerError))

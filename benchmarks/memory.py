@@ -1,7 +1,7 @@
 """What the plain server holds in memory, how soon it is ready, and whether it grows.
 
-    python benchmarks/memory.py --bundle exports/models/cutline-base/1 --images DIR
-    python benchmarks/memory.py --bundle exports/models/cutline-base/1 --images DIR --requests 20000
+    python benchmarks/memory.py --bundle exports/models/cutline-base/2 --images DIR
+    python benchmarks/memory.py --bundle exports/models/cutline-base/2 --images DIR --requests 20000
 
 The load changes its shape again and again: allocators hold what the largest batch needed, so what
 counts is whether a shape that comes back needs more than it did.

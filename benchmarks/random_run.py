@@ -13,7 +13,7 @@ from trainer.tokenizer import train_tokenizer
 RECIPE = Path(__file__).parents[1] / "trainer" / "recipes" / "flickr8k" / "base.toml"
 SMALL = (
     *("image.height=64", "image.width=64", "tokenizer.vocab_size=300"),
-    *("decoder.width=64", "decoder.layers=2"),
+    *("decoder.width=64", "decoder.layers=2", "decoder.heads=4", "bridge.heads=4"),
     'encoder={name="timm_vit",model="vit_tiny_patch16_224",embed_dim=64,depth=2,num_heads=4}',
 )
 

@@ -1,6 +1,6 @@
 """This service against LitServe and BentoML around `generate`: the same weights, over HTTP.
 
-    python benchmarks/service.py --run runs/base --bundle exports/models/cutline-base/1 --images DIR
+    python benchmarks/service.py --run runs/base --bundle exports/models/cutline-base/2 --images DIR
     python benchmarks/service.py --sides plain,ray ...         without peers, and without a run
 
 One server runs at a time. Closed loops (each client sends when it is answered) find what a side can

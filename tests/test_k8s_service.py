@@ -242,13 +242,18 @@ def run_shell(script: str, place: Path, environment_of: dict[str, str], *argumen
     return run.stdout
 
 
+def carried() -> Path:
+    """The model of the package."""
+    return Registry(DEFAULT_REGISTRY).resolve("cutline-base").path
+
+
 def test_an_empty_registry_gets_the_first_model_as_production(tmp_path: Path) -> None:
     script = script_of(rendered("storage"), "Deployment", "first-model")
     variables = {"CUTLINE_REGISTRY": str(tmp_path)}
     run_shell(script, tmp_path, variables)
     assert Registry(tmp_path).aliases("cutline-base") == {"production": "1"}
     # What is published now waits; and a second start changes nothing.
-    Registry(tmp_path).publish(DEFAULT_REGISTRY / "cutline-base" / "1")
+    Registry(tmp_path).publish(carried())
     run_shell(script, tmp_path, variables)
     assert Registry(tmp_path).versions("cutline-base") == ["1", "2"]
     assert Registry(tmp_path).resolve("cutline-base").version == "1"
@@ -268,7 +273,7 @@ def test_a_worker_waits_for_the_first_model(scheme: str, tmp_path: Path) -> None
         try:
             assert waiting.stdout
             assert "cutline-base" in waiting.stdout.readline()
-            Registry(tmp_path).publish(DEFAULT_REGISTRY / "cutline-base" / "1")
+            Registry(tmp_path).publish(carried())
             assert waiting.wait(60) == 0
         finally:
             waiting.kill()
@@ -286,7 +291,7 @@ def test_a_retraining_publishes_and_promotes_nothing(tmp_path: Path) -> None:
     (tmp_path / "photos").symlink_to(tmp_path / "made/images")
     (tmp_path / "captions.json").symlink_to(tmp_path / "made/captions_train.json")
     registry = tmp_path / "registry"
-    Registry(registry).publish(DEFAULT_REGISTRY / "cutline-base" / "1", model="mine")
+    Registry(registry).publish(carried(), model="mine", version="1")
     Registry(registry).promote("mine", "1")
     [pod] = pods([job])
     named = {entry["name"] for entry in pod["spec"]["containers"][0]["env"]}

@@ -65,14 +65,14 @@ def test_references(registry: Registry, source: Path) -> None:
 def test_the_packaged_model_goes_live_by_promotion_alone(tmp_path: Path, write: Write) -> None:
     shutil.copytree(DEFAULT_REGISTRY / "cutline-base", tmp_path / "models" / "cutline-base")
     registry = Registry(tmp_path / "models")
-    assert registry.aliases("cutline-base") == {"production": "1"}
+    assert registry.aliases("cutline-base") == {"production": "2"}
 
-    registry.publish(write(tmp_path / "source"), model="cutline-base", version="2")
-    assert registry.resolve("cutline-base").version == "1"
-    registry.promote("cutline-base", "2")
+    registry.publish(write(tmp_path / "source"), model="cutline-base", version="3")
     assert registry.resolve("cutline-base").version == "2"
+    registry.promote("cutline-base", "3")
+    assert registry.resolve("cutline-base").version == "3"
     registry.rollback("cutline-base")
-    assert registry.resolve("cutline-base").version == "1"
+    assert registry.resolve("cutline-base").version == "2"
 
 
 @pytest.mark.parametrize(
