@@ -221,9 +221,13 @@ class RemoteRegistry:
                 self._copy(place, manifest, stage)
                 write_durably(stage / MANIFEST_FILE, manifest_json)
                 sync_folder(stage)
-                _remove(folder)  # a damaged one, or one that was replaced at the URL
-                stage.rename(folder)
-                settle_folder(folder.parent)
+                with _alone_in(folder.parent):
+                    # Another was faster: whoever has that one, and has yet to hold it, keeps it.
+                    if _is_whole(folder, manifest_json):
+                        return folder
+                    _remove(folder)  # a damaged one, or one that was replaced at the URL
+                    stage.rename(folder)
+                    settle_folder(folder.parent)
         except OSError as error:
             if _is_whole(folder, manifest_json):  # another process was faster
                 return folder
@@ -353,6 +357,17 @@ def place_of(path: str) -> str:
     """Returns a path in a registry as a person names it: `model@version, file`."""
     model, version, name = path.split("/", 2)
     return f"{model}@{version}, {name}"
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder: one process or thread at a time changes what stands in it."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _is_whole(folder: Path, manifest_json: bytes) -> bool:

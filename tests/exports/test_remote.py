@@ -343,6 +343,26 @@ def test_two_who_fetch_at_once_have_one_bundle(
     assert kept(tmp_path) == ["tiny/1"]
 
 
+def test_the_slower_of_two_leaves_what_the_faster_one_has(
+    remote: RemoteRegistry, faulty: type[Faulty], tmp_path: Path
+) -> None:
+    faster: list[Path] = []
+    found: list[int] = []
+
+    def overtaken(path: str, body: bytes) -> bytes:
+        if path.endswith("join.onnx") and body and not found:
+            found.append(0)
+            faster.append(fetch(RemoteRegistry(ROOT, tmp_path / "cache")))
+            found[0] = faster[0].stat().st_ino
+        return body
+
+    faulty.meddle = staticmethod(overtaken)
+    slower = fetch(remote)
+    assert faster == [slower]
+    assert found == [slower.stat().st_ino]
+    assert kept(tmp_path) == ["tiny/1"]
+
+
 CHILD = """
 import os, resource, signal, sys
 from pathlib import Path
