@@ -1,8 +1,10 @@
-"""Files that are on disk when a function returns, whole or not at all."""
+"""Files that are on disk when a function returns, whole or not at all; one writer at a time."""
 
+import fcntl
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
@@ -62,3 +64,14 @@ def settle_folder(path: Path) -> None:
         sync_folder(path)
     except OSError as error:
         _log.warning("%s is changed, but the disk did not confirm it: %s", path, error.strerror)
+
+
+@contextmanager
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Lets one writer at a time change the files of a folder."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

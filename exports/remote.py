@@ -29,7 +29,7 @@ from exports.bundle import (
     check_size,
     staged,
 )
-from exports.disk import settle_folder, sync_folder, write_durably
+from exports.disk import folder_locked, settle_folder, sync_folder, write_durably
 from exports.errors import BundleError, RegistryError
 from exports.manifest import MANIFEST_FILE, VERSION_PATTERN, FileEntry, Manifest
 from exports.registry import (
@@ -221,7 +221,7 @@ class RemoteRegistry:
                 self._copy(place, manifest, stage)
                 write_durably(stage / MANIFEST_FILE, manifest_json)
                 sync_folder(stage)
-                with _alone_in(folder.parent):
+                with folder_locked(folder.parent):
                     # Another was faster: whoever has that one, and has yet to hold it, keeps it.
                     if _is_whole(folder, manifest_json):
                         return folder
@@ -357,17 +357,6 @@ def place_of(path: str) -> str:
     """Returns a path in a registry as a person names it: `model@version, file`."""
     model, version, name = path.split("/", 2)
     return f"{model}@{version}, {name}"
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder: one process or thread at a time changes what stands in it."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _is_whole(folder: Path, manifest_json: bytes) -> bool:

@@ -4,21 +4,19 @@ A key is 256 random bits. What makes a password's hash slow, guessing, is hopele
 one sha256 is enough; and whoever reads the file has nothing to send to the server.
 """
 
-import fcntl
 import hashlib
 import hmac
 import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from exports.disk import replace_durably, settle_folder
+from exports.disk import folder_locked, replace_durably, settle_folder
 from serving.errors import KeysRejected
 from serving.rate import TokenBucket
 
@@ -142,7 +140,7 @@ def make_key(
     """
     secret = _PREFIX + secrets.token_urlsafe(_RANDOM_BYTES)
     try:
-        with _folder_locked(path.parent):
+        with folder_locked(path.parent):
             known = _read(path)[0] if path.exists() else ()
             if name in {key.name for key in known}:
                 raise KeysRejected(f"{path} has a key {name} already; take it out first.")
@@ -187,14 +185,3 @@ def _first(error: ValidationError) -> str:
     is_extra = first["type"] == "extra_forbidden"
     where = ".".join(str(part) for part in (first["loc"][:-1] if is_extra else first["loc"]))
     return f"{where}: {first['msg']}." if where else f"{first['msg']}."
-
-
-@contextmanager
-def _folder_locked(folder: Path) -> Iterator[None]:
-    """Lets one writer at a time change the files of a folder."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
