@@ -81,6 +81,16 @@ def test_every_row_says_who_wrote_it_and_finetune_reads_them(
     finetune.run(pairs_recipe(shapes, "mlm", data=data, loop={"epochs": 1}), tmp_path / "retrained")
 
 
+def test_only_the_part_that_is_labelled_is_read(shapes, filter_run, tmp_path: Path) -> None:
+    labelled = {"data": shapes / "captions_dev.json", "only": {"first": 2}}
+    config = config_of(shapes, filter_run, labelled=labelled, web=None)
+    assert len(config.labelled.read()) == 2
+    bootstrap.run(config, tmp_path)
+    human = [row for row in rows_of(tmp_path / "captions.csv") if row["source"] == "human"]
+    people = {example.image.name for example in config.labelled.read()}
+    assert {Path(row["image"]).name for row in human} == people
+
+
 def test_a_killed_run_goes_on_and_ends_the_same(
     shapes, filter_run, tmp_path: Path, monkeypatch
 ) -> None:

@@ -68,7 +68,9 @@ class Config(ArmsConfig):
     def shared(self) -> dict[str, dict[str, Any]]:
         """The tables that steps lay theirs over, by stage."""
         data, unlabelled = self.data, self.unlabelled
-        labelled = Source(data=data.train, images=data.images, split=data.train_split)
+        labelled = Source(
+            data=data.train, images=data.images, split=data.train_split, only=data.only
+        )
         return {
             "finetune": self.model_dump(include=set(Recipe.model_fields)),
             "bootstrap": {

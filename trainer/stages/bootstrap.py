@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from trainer.config import Config as BaseConfig
-from trainer.data import Example, check_apart, read_examples
+from trainer.data import Example, Only, check_apart, read_examples
 from trainer.errors import ConfigError
 from trainer.photos import read_captioned, usable_examples
 from trainer.retrieval import Reader
@@ -49,10 +49,12 @@ class Source(BaseConfig):
     data: Path
     images: Path | None = None
     split: str | None = None
+    only: Only | None = None
+    """The part of it that is taken; by default all of it."""
 
     def read(self) -> list[Example]:
         """Returns its examples."""
-        return read_examples(self.data, images=self.images, split=self.split)
+        return read_examples(self.data, images=self.images, split=self.split, only=self.only)
 
 
 class Config(BaseConfig):
@@ -144,7 +146,7 @@ def _reader(filter_run: Run, batch_size: int) -> Reader:
 
 
 def _read(source: Source) -> list[Example]:
-    return read_captioned(source.data, source.images, source.split)
+    return read_captioned(source.data, source.images, source.split, source.only)
 
 
 def _batches(
