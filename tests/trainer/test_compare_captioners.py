@@ -238,6 +238,12 @@ def test_arms_may_learn_from_parts_that_differ_by_seed(
         assert [one.image.name for one in step.config.data.read()] == [names[seed]]
 
 
+def test_people_wrote_only_what_all_arms_may_learn_from(shapes: Path, labelled: Path) -> None:
+    config = recipe(shapes, labelled, data={"only": {"first": 3}})
+    captions, _ = steps(config, "pseudo")
+    assert len(captions.config.labelled.read()) == 3
+
+
 @pytest.mark.parametrize(
     ("arm", "message"),
     [
