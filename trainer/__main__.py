@@ -3,6 +3,7 @@
 python -m trainer STAGE RECIPE [section.key=value ...]
 python -m trainer auto DIR [--labels N] [section.key=value ...]
 python -m trainer import DIR --name NAME [--registry REGISTRY]
+python -m trainer import BUNDLE --out RUN
 """
 
 import argparse
@@ -66,19 +67,20 @@ def _auto(argv: list[str]) -> None:
 def _import(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m trainer import",
-        description="A captioner that transformers' save_pretrained wrote becomes a bundle.",
+        description="A captioner that transformers' save_pretrained wrote becomes a bundle; a "
+        "bundle becomes a run that learns on.",
     )
-    parser.add_argument("folder", type=Path, help="what save_pretrained wrote")
-    parser.add_argument("--name", required=True, help="of the model in a registry")
+    parser.add_argument("folder", type=Path, help="what save_pretrained wrote, or a bundle")
+    parser.add_argument("--name", help="of the model in a registry")
     parser.add_argument("--registry", type=Path, help="where to publish it as the next version")
-    parser.add_argument("--out", type=Path, help="folder of the bundle (runs/<name>)")
+    parser.add_argument("--out", type=Path, help="folder of the bundle or run (runs/<name>)")
     parser.add_argument("--licence", default="not stated", help="of the weights")
     parser.add_argument("--description", help="one line; by default where it came from")
     parser.add_argument(
         "--golden", type=Path, nargs="+", default=(), metavar="PICTURE", help="published with it"
     )
     arguments = vars(parser.parse_args(argv[1:]))
-    out_dir = arguments.pop("out") or Path("runs") / arguments["name"]
+    out_dir = arguments.pop("out") or Path("runs") / (arguments["name"] or "imported")
     importing = import_module("trainer.importing")  # as late as a stage, for what it imports itself
     config = validate(importing.Config, arguments, "import")
     with _room_in(out_dir):

@@ -1,6 +1,9 @@
-"""`python -m trainer import DIR --name NAME`: a captioner of `transformers` becomes a bundle.
+"""`python -m trainer import DIR`: a captioner of `transformers` becomes a bundle, a bundle a run.
 
-Its weights move into the parts of this package as they are, unrounded. Nothing is written before
+A run that is made of a bundle goes on learning, and is asked, evaluated and exported as any other;
+see `trainer.unpacking`. The rest is about captioners of `transformers`.
+
+Their weights move into the parts of this package as they are, unrounded. Nothing is written before
 two checks hold: fed the same tokens, our captioner says what the model of `transformers` says; and
 the exported graphs behave as our captioner.
 
@@ -25,17 +28,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import AfterValidator
 
+from exports.bundle import Bundle
 from exports.images import ImageSpec, preprocess
-from exports.manifest import Generation, check_name
+from exports.manifest import MANIFEST_FILE, Generation, check_name
 from exports.registry import Registry
 from trainer.captioner import Captioner
 from trainer.config import Config as BaseConfig
 from trainer.decoding import TorchSteps
-from trainer.errors import ParityError
+from trainer.errors import ConfigError, ParityError
 from trainer.foreign._checkpoint import Checkpoint, read
 from trainer.parity import LOG_PROB_TOLERANCE, Parity, compare
+from trainer.run import write_run
 from trainer.stages._bundle import Content, Graphs, check_free, check_golden, drawings
 from trainer.stages._card import environment
+from trainer.unpacking import unpack
 
 _NOISE = 12  # images of it beside the drawings
 _TOKENS = 6
@@ -45,8 +51,9 @@ class Config(BaseConfig):
     """What the command line takes."""
 
     folder: Path
-    """What `save_pretrained` wrote: config, weights, tokenizer and image processor."""
-    name: Annotated[str, AfterValidator(check_name)]
+    """What `save_pretrained` wrote: config, weights, tokenizer and image processor. Or a bundle."""
+    name: Annotated[str, AfterValidator(check_name)] | None = None
+    """Of the bundle that is made."""
     registry: Path | None = None
     """Where the bundle is published, under the next version."""
     licence: str = "not stated"
@@ -57,12 +64,20 @@ class Config(BaseConfig):
 
 
 def run(config: Config, out_dir: Path) -> None:
-    """Writes the bundle to `out_dir`/bundle, and publishes it where a registry is named.
+    """Writes a bundle to `out_dir`/bundle, and publishes it where a registry is named.
+
+    Of a bundle it writes a run to `out_dir`.
 
     Raises:
+        ConfigError: a captioner of transformers has got no name.
         CheckpointError: the folder holds no captioner that is supported.
         ParityError: a check failed; nothing is written.
     """
+    if (config.folder / MANIFEST_FILE).exists():
+        _unpack(Bundle.open(config.folder), out_dir)
+        return
+    if config.name is None:
+        raise ConfigError("--name is missing: what the bundle shall be called in a registry")
     target = out_dir / "bundle"
     check_free(target)
     check_golden(config.golden)
@@ -100,6 +115,18 @@ def run(config: Config, out_dir: Path) -> None:
     if config.registry is not None:
         placed = Registry(config.registry).publish(target)
         print(f"published as {placed.reference} in {config.registry}")
+
+
+def _unpack(bundle: Bundle, out_dir: Path) -> None:
+    manifest = bundle.manifest
+    recipe, captioner = unpack(bundle)
+    recipe = recipe.model_copy(update={"generation": manifest.defaults})
+    tokenizer_json = bundle.read(manifest.tokenizer_file)
+    write_run(out_dir, recipe, manifest.text, tokenizer_json, captioner)
+    print(
+        f"{manifest.name}@{manifest.version} is a run in {out_dir}; its golden captions score as "
+        f"the bundle says\nlearn on from it with start={out_dir}"
+    )
 
 
 def convert(checkpoint: Checkpoint) -> Captioner:

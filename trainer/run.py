@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from exports.images import ImageSpec
 from exports.manifest import Generation
 from exports.text import TextSpec, Tokenizer
 from trainer import variants
 from trainer.captioner import Captioner
-from trainer.checkpoint import CHECKPOINT
+from trainer.checkpoint import CHECKPOINT, save_checkpoint
 from trainer.config import Config, validate, write_resolved
 from trainer.data import Example, Only, read_examples
 from trainer.distributed import barrier, rank
@@ -40,6 +40,8 @@ from trainer.transforms import Augment
 
 _ARCHITECTURE = "decoder.json"
 FREQUENCIES = "frequencies.safetensors"
+_BUILT = ("image", "encoder", "bridge", "decoder")
+"""The tables of a recipe that say how a captioner is built."""
 
 
 class Data(Config):
@@ -87,7 +89,8 @@ class Recipe(Config):
 
     seed: int = 0
     start: Path | None = None
-    """A run of the same architecture, whose tokenizer and weights this one begins with."""
+    """A run whose tokenizer and weights this one begins with. What its recipe says of the captioner
+    need not be said again."""
     data: Data
     image: ImageSpec
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -105,6 +108,17 @@ class Recipe(Config):
     folds: Folds | None = None
     """Without it training takes `loop.epochs`."""
     generation: Generation = Field(default_factory=Generation)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_built_as_its_start(cls, table: Any) -> Any:
+        start = table.get("start") if isinstance(table, dict) else None
+        missing = [key for key in _BUILT if key not in table] if start is not None else []
+        path = Path(str(start)) / "recipe.json"
+        if not missing or not path.is_file():  # what is missing is then named as ever
+            return table
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {**{key: known[key] for key in (*missing, "matcher") if key in known}, **table}
 
     @field_validator("augment")
     @classmethod
@@ -308,6 +322,23 @@ class Run:
     def load_into(self, captioner: Captioner) -> None:
         """Gives the trained weights to a captioner of the same architecture."""
         load_kept_weights(captioner, self.folder / CHECKPOINT, "captioner.")
+
+
+def write_run(
+    folder: Path, recipe: Recipe, text: TextSpec, tokenizer_json: bytes, captioner: Captioner
+) -> None:
+    """Writes a captioner that was not trained here as a run of no steps, to be read as any other.
+
+    Raises:
+        CheckpointError: there is a run in the folder, or another process trains there.
+    """
+    if (folder / CHECKPOINT).exists():
+        raise CheckpointError(f"{folder}: holds a run; choose another folder with --out")
+    tensors = {f"objective.captioner.{k}": v.clone() for k, v in captioner.state_dict().items()}
+    with claimed(recipe, folder, changeable=None):
+        (folder / "tokenizer.json").write_bytes(tokenizer_json)
+        (folder / "text.json").write_text(text.model_dump_json() + "\n", encoding="utf-8")
+        save_checkpoint(folder / CHECKPOINT, tensors, {"step": 0, "total": 0})
 
 
 def build_captioner(

@@ -26,6 +26,7 @@ from trainer.onnx_steps import OnnxSteps
 from trainer.parity import MATCH_TOLERANCE, check_matches
 from trainer.run import Run
 from trainer.stages import _bundle, evaluate, export, finetune
+from trainer.unpacking import unpack
 
 PHOTOS = sorted(Path("tests/photos").glob("*.jpg"))
 TEXT = TextSpec(vocab_size=60, pad_id=0, bos_id=1, eos_id=2, max_length=14)
@@ -325,3 +326,14 @@ def test_a_matcher_needs_cross_attention() -> None:
             text=TEXT,
             matcher=MatcherConfig(width=16),
         )
+
+
+def test_a_bundle_with_a_matcher_is_read_back(run: Path, bundle: Path) -> None:
+    _, captioner = unpack(Bundle.open(bundle))
+    before = Run(run).captioner()
+    assert captioner.matcher is not None and before.matcher is not None
+    known = before.matcher.state_dict()
+    for name, weight in captioner.matcher.state_dict().items():
+        if name == "temperature":  # of training alone: graphs have none
+            continue
+        torch.testing.assert_close(weight, known[name], rtol=0, atol=0.02)
