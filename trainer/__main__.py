@@ -48,12 +48,14 @@ def _auto(argv: list[str]) -> None:
     parser.add_argument("--answers", type=Path, help="a data set whose captions stand in for you")
     parser.add_argument("--name", help="of the model in the registry (mine)")
     parser.add_argument("--registry", type=Path, help="where it is published (runs/registry)")
+    parser.add_argument("--start", type=Path, help="a run that captions already, to learn on from")
     parser.add_argument(
-        "--preset", type=Path, default=_PRESETS / "auto.toml", help="a recipe (%(default)s)"
+        "--preset", type=Path, help="a recipe (auto.toml; with --start auto_from_start.toml)"
     )
     parser.add_argument("--out", type=Path, help="folder of all that is made (runs/auto)")
     given = vars(parser.parse_intermixed_args(argv[1:]))
-    preset, out_dir = given.pop("preset"), given.pop("out") or Path("runs") / "auto"
+    known = _PRESETS / ("auto_from_start.toml" if given["start"] else "auto.toml")
+    preset, out_dir = given.pop("preset") or known, given.pop("out") or Path("runs") / "auto"
     recipe = read_recipe(preset, given.pop("overrides"))
     recipe |= {key: value for key, value in given.items() if value is not None}
     # A table that an override calls false, such as pseudo or scst, is a step that is left out.

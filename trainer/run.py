@@ -40,7 +40,7 @@ from trainer.transforms import Augment
 
 _ARCHITECTURE = "decoder.json"
 FREQUENCIES = "frequencies.safetensors"
-_BUILT = ("image", "encoder", "bridge", "decoder")
+BUILT = ("image", "encoder", "bridge", "decoder")
 """The tables of a recipe that say how a captioner is built."""
 
 
@@ -113,7 +113,7 @@ class Recipe(Config):
     @classmethod
     def _is_built_as_its_start(cls, table: Any) -> Any:
         start = table.get("start") if isinstance(table, dict) else None
-        missing = [key for key in _BUILT if key not in table] if start is not None else []
+        missing = [key for key in BUILT if key not in table] if start is not None else []
         path = Path(str(start)) / "recipe.json"
         if not missing or not path.is_file():  # what is missing is then named as ever
             return table

@@ -19,10 +19,12 @@ from trainer.data import read_examples
 from trainer.errors import DataError, TrainerError
 from trainer.intervals import Interval
 from trainer.labelling.answers import Answer, Answers
+from trainer.run import build_captioner, write_run
 from trainer.stages import auto, label
 from trainer.stages._auto_estimate import estimate
 from trainer.stages._auto_pipeline import Done, Pipeline, State, Step
 from trainer.stages._auto_steps import _label, planned
+from trainer.tokenizer import train_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "trainer" / "recipes"
 TINY = RECIPES / "tiny" / "auto.toml"
@@ -54,6 +56,54 @@ def test_a_preset_makes_a_plan_of_valid_recipes(shapes: Path, tmp_path: Path, na
     assert config.pseudo is not None
     for changes in (None, config.pseudo.filter, config.pseudo.finetune, config.scst):
         pipeline.recipe(changes, data=data)
+
+
+@pytest.fixture
+def start(shapes: Path, tmp_path: Path) -> Path:
+    """A run of the tiny preset's captioner, that has learnt nothing."""
+    recipe = Pipeline(preset(shapes), tmp_path).recipe(data={"train": tmp_path})
+    body, text = train_tokenizer(["a red square"], vocab_size=300, max_length=24)
+    write_run(tmp_path / "start", recipe, text, body, build_captioner(recipe, text))
+    return tmp_path / "start"
+
+
+def from_start(shapes: Path, **changes: object) -> auto.Config:
+    table = read_recipe(RECIPES / "auto_from_start.toml")
+    table |= {"images": shapes / "images", **changes}
+    return validate(auto.Config, table, "auto_from_start.toml")
+
+
+def test_a_plan_from_a_start_begins_every_model_with_it(
+    shapes: Path, start: Path, tmp_path: Path
+) -> None:
+    pipeline = Pipeline(from_start(shapes, start=start), tmp_path)
+    steps = planned(pipeline)
+    names = [step.name for step in steps]
+    assert names.index("test-labels") + 1 == names.index("start") < names.index("picks-1")
+    assert steps[names.index("start")].work(tmp_path / "out") == start
+    assert not any(step.trusted for step in steps)  # kept only where they gain
+    recipe = pipeline.recipe(data={"train": tmp_path})
+    assert recipe.start == start
+    assert (recipe.image.height, recipe.decoder["name"]) == (64, "bert")  # as the start is built
+    assert pipeline.encoder() == {"encoder": start}
+    assert estimate(pipeline, steps).count("ask the captioner at the start") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"start": Path("nowhere")}, "nowhere: no training run"),
+        ({"pretrain": {}}, "leave [pretrain] out of it"),
+        ({"pseudo": {"filter": {}}}, "leave [pseudo], whose filter has a matcher out of it"),
+        ({"finetune": {"encoder": {}, "decoder": {}}}, "[finetune.encoder], [finetune.decoder]"),
+    ],
+)
+def test_a_preset_of_another_captioner_than_the_start_is_refused(
+    shapes: Path, start: Path, tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(TrainerError, match=re.escape(words)):
+        auto.run(from_start(shapes, **{"start": start, **changes}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_changes_lie_over_tables_and_false_takes_one_out(shapes: Path, tmp_path: Path) -> None:
@@ -220,6 +270,20 @@ def test_the_whole_road_and_what_it_bought(drawings: Path, tmp_path: Path) -> No
     assert {e.source for e in test.values()} == {"human"}
     learnt = read_examples(folder / "pseudo-captions" / "captions.csv")
     assert not test.keys() & {example.image for example in learnt}
+    # Who has only the bundle goes on from it, and it says what it said.
+    again, base = tmp_path / "again", str(tmp_path / "base")
+    bundle = Registry(tmp_path / "registry").resolve("cutline-shapes").path
+    assert main(["import", str(bundle), "--out", base]) == 0
+    on = [*road(drawings, tmp_path), "--preset", str(RECIPES / "auto_from_start.toml")]
+    on += ["--out", str(again), "--start", base, "labels=80", "test_share=0.5", "rounds=1"]
+    on += ["finetune.loop.epochs=2", "export.parity_images=20", "captions_per_image=3"]
+    assert main(on) == 0
+    assert Registry(tmp_path / "registry").resolve("cutline-shapes").version == "2"
+    state_again = State.model_validate_json((again / "auto.json").read_text())
+    assert state_again.done["start"].run == Path(base)
+    best = folder / str(state.model) / "evaluation" / "captions.jsonl"
+    assert (again / "start/evaluation/captions.jsonl").read_text() == best.read_text()
+    assert "start" in (again / "report.html").read_text()
 
 
 @pytest.mark.chaos

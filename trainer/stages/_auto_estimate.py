@@ -65,6 +65,8 @@ class _Costs:
             return float(2 * _BACKWARD * epochs * self.images * self._look)
         if step == "test-images":
             return self.images * self._look
+        if step == "start":
+            return config.test_labels * (2 * self._look + _WORDS * self._tell)
         if kind == "picks":
             return 5.0
         if "labels" in step and config.answers is not None:

@@ -158,7 +158,9 @@ class Pipeline:
 
         `false` takes a table out.
         """
-        whole: dict[str, Any] = {"seed": self.config.seed, **self.config.finetune}
+        config = self.config
+        begun = {} if config.start is None else {"start": config.start}
+        whole: dict[str, Any] = {"seed": config.seed, **begun, **config.finetune}
         for change in (*changes, tables):
             for key, value in (change or {}).items():
                 old = whole.pop(key, None)
@@ -201,6 +203,8 @@ class Pipeline:
         """Returns what `acquire` compares images by."""
         if self.config.pretrain is not None:
             return {"encoder": self.folder / "encoder"}
+        if self.config.start is not None:
+            return {"encoder": self.config.start}
         return {"encoder": self.config.finetune["encoder"], "image": self.config.finetune["image"]}
 
     def _evaluate(self, run: Path, folder: Path) -> None:

@@ -35,6 +35,8 @@ def planned(pipeline: Pipeline) -> list[Step]:
         Step(_TEST, "draw images to test on", lambda folder: _draw_test(pipeline, folder)),
         Step("test-labels", f"caption {test} of them", lambda _: _label_test(pipeline)),
     ]
+    if config.start is not None:
+        steps.append(Step("start", "ask the captioner at the start", lambda _: config.start))
     for number, count in enumerate(config.round_labels, start=1):
         steps += _round(pipeline, number, count)
     if config.pseudo is not None:
@@ -101,7 +103,8 @@ def _round(pipeline: Pipeline, number: int, count: int) -> list[Step]:
             f"caption them ({count} in all)",
             lambda _: _label(pipeline, picks, config.test_labels + count),
         ),
-        Step(model, f"learn from {count} captioned images", learn, trusted=True),
+        # Few labels may well harm a captioner that has learnt from thousands.
+        Step(model, f"learn from {count} captioned images", learn, trusted=config.start is None),
     ]
 
 

@@ -3,12 +3,13 @@
 An encoder from raw images (where the preset has one), images to label, the page where a person
 labels them, fine-tuning, captions for the images that nobody labelled, reinforcement learning,
 evaluation, export and publication: the stages of `python -m trainer`, each in a folder of `--out`
-that can be read, and run again, by itself. A command that was killed goes on where it was.
+that can be read, and run again, by itself. A command that was killed goes on where it was. From a
+captioner that knows much (`start`) every model begins with that one.
 
 Of the labels, `test_share` go to images that are drawn at random and never learnt from; their
 near-duplicates are neither. After each step the model captions them: what more labels made is kept
-unless they tell, with a paired 95 % interval, that it did harm; what other steps made, where it
-scores higher. `report.html` says what each step bought.
+unless they tell, with a paired 95 % interval, that it did harm; what other steps made, and whatever
+begins with a `start`, where it scores higher. `report.html` says what each step bought.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from exports.manifest import check_name
 from trainer.config import Config as BaseConfig
 from trainer.config import validate
 from trainer.errors import ConfigError
-from trainer.run import claimed
+from trainer.run import BUILT, Run, claimed
 from trainer.stages import report
 from trainer.stages._auto_estimate import estimate
 from trainer.stages._auto_pipeline import Pipeline, Step
@@ -64,6 +65,9 @@ class Config(BaseConfig):
     port: int = Field(default=0, ge=0, le=65535)
     """Of the label page; 0 takes any that is free."""
     open_browser: bool = False
+    start: Path | None = None
+    """A run that captions already, which every model begins with; of a bundle, `python -m trainer
+    import` makes one."""
     pretrain: dict[str, Any] | None = None
     """A recipe of `pretrain` without data; the captioner's encoder begins with it."""
     acquire: dict[str, Any] = Field(default_factory=dict)
@@ -104,6 +108,7 @@ def run(config: Config, out_dir: Path) -> None:
             f"labels = {config.labels} with test_share = {config.test_share} and rounds = "
             f"{config.rounds}: at least 2 images are tested on, and one is learnt from each round"
         )
+    _check_start(config)
     with claimed(config, out_dir, changeable=_CHANGEABLE, state="auto.json"):
         pipeline = Pipeline(config, out_dir)
         steps = planned(pipeline)
@@ -114,6 +119,23 @@ def run(config: Config, out_dir: Path) -> None:
         report.run(_report(pipeline, steps), out_dir)
 
 
+def _check_start(config: Config) -> None:
+    """Raises ConfigError where the preset wants another captioner than that at the start."""
+    if config.start is None:
+        return
+    own = Run(config.start).recipe
+    built = [f"[finetune.{key}]" for key in BUILT if key in config.finetune]
+    if config.pretrain is not None:
+        built.append("[pretrain]")
+    if config.pseudo is not None and own.matcher is None:
+        built.append("[pseudo], whose filter has a matcher")
+    if built:
+        raise ConfigError(
+            f"{config.start} is a whole captioner, but the preset makes one too: leave "
+            f"{', '.join(built)} out of it (auto_from_start.toml does)"
+        )
+
+
 def _report(pipeline: Pipeline, steps: Sequence[Step]) -> report.Config:
     """Returns what the report is about: every model in its order, the best one last."""
     done = pipeline.state.done
@@ -122,12 +144,12 @@ def _report(pipeline: Pipeline, steps: Sequence[Step]) -> report.Config:
     config = pipeline.config
     table = {
         "title": f"{config.name}: {config.labels} labels",
-        "run": pipeline.folder / last,
+        "run": done[last].run,
         "evaluation": pipeline.folder / last / "evaluation",
         "before": [
             {
                 "name": name,
-                "run": pipeline.folder / name,
+                "run": done[name].run,
                 "evaluation": pipeline.folder / name / "evaluation",
             }
             for name in before
