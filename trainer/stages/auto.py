@@ -142,7 +142,7 @@ def _report(pipeline: Pipeline, steps: Sequence[Step]) -> report.Config:
     names = [step.name for step in steps if done[step.name].run is not None]
     *before, last = [name for name in names if done[name].kept]
     config = pipeline.config
-    table = {
+    table: dict[str, Any] = {
         "title": f"{config.name}: {config.labels} labels",
         "run": done[last].run,
         "evaluation": pipeline.folder / last / "evaluation",
