@@ -10,8 +10,8 @@ found by two rules:
    constant of a graph, but the gate is not; so T5 and gated readers cannot be read back.
 
 BatchNorm has gone into the convolution before it. It is left in place, but does nothing beyond
-what the graph does: mean 0, variance 1, weight 1, and the folded bias. Weights from integers are
-what the integers stand for.
+what the graph does: mean 0, variance 1, weight 1, and the folded bias; that is right while it stays
+in evaluation mode, as `finetune` has it. Weights from integers are what the integers stand for.
 
 Nothing is believed: the captioner must give the golden captions the scores that the bundle says.
 """
@@ -247,11 +247,8 @@ class _Target:
 
     def _fill(self, number: int, product: _Product, use: _Use) -> None:
         weight = product.weight.T if use.is_transposed else product.weight
-        if weight.shape != tuple(use.weight.shape):
-            raise _Unlike(
-                f"has {weight.shape} as the weight of product {number}, not "
-                f"{tuple(use.weight.shape)}"
-            )
+        place = f"product {number}"
+        self._check_shape(place, weight, use.weight)
         if product.reads_pixels:
             # The normalisation of pixels is in the kernel; what stands for 0 is theirs (`folding`).
             weight = weight * self.captioner.encoder.std.numpy()
@@ -259,12 +256,18 @@ class _Target:
         if product.bias is None:
             return
         if use.bias is not None:
+            self._check_shape(place, product.bias, use.bias)
             self._put(use.bias, product.bias)
         elif use.norm is not None:
+            self._check_shape(place, product.bias, use.norm.bias)
             if use.norm.bias.data_ptr() not in self.done:  # else it is in the graph, by name
                 self._still(use.norm, product.bias)
         else:
-            raise _Unlike(f"adds a bias to product {number}, where the captioner adds none")
+            raise _Unlike(f"adds a bias to {place}, where the captioner adds none")
+
+    def _check_shape(self, place: str, value: Array, tensor: Tensor) -> None:
+        if value.shape != tuple(tensor.shape):
+            raise _Unlike(f"has {value.shape} in {place}, not {tuple(tensor.shape)}")
 
     def _still(self, norm: Any, bias: Array) -> None:
         """Has a BatchNorm add a bias, and nothing else."""

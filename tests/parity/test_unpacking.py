@@ -113,7 +113,7 @@ def test_what_is_not_the_bundle_s_captioner_is_refused(
     recipe["decoder"] = {**recipe["decoder"], "layers": 3}
     assert "products with weights, not" in refused(provenance={"recipe": recipe})
     recipe["decoder"] = {**recipe["decoder"], "layers": 2, "width": 64}
-    assert "as the weight of product" in refused(provenance={"recipe": recipe})
+    assert "in product 50, not (64, 1280)" in refused(provenance={"recipe": recipe})
     out = tmp_path / "run"
     shutil.copytree(exported[0], out, ignore=shutil.ignore_patterns("bundle"))
     assert main(["import", str(exported[1]), "--out", str(out)]) == 1  # a run is there
