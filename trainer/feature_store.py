@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -66,6 +67,11 @@ class FeatureStore:
             DataError: none does, or an image vanished meanwhile.
             CheckpointError: a file of features is damaged.
         """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / ".lock"):  # whoever comes second finds what the first encoded
+            return self._encode(examples)
+
+    def _encode(self, examples: Sequence[Example]) -> Encoded:
         digests = _digests(examples)
         looks = self._known()
         waiting = _distinct(one for one in examples if digests.get(one.image) not in looks)
@@ -90,7 +96,6 @@ class FeatureStore:
         return {sha for path in self._files() for sha in _hex(_load(path)["sha256"])}
 
     def _add(self, examples: Sequence[Example], fingerprints: dict[Path, Fingerprint]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         begun = len(self._files())
         starts = range(0, len(examples), IMAGES_OF_A_FILE)
         for number, start in enumerate(tqdm(starts, desc="encoding", disable=None), begun):

@@ -124,6 +124,17 @@ def test_a_second_round_picks_others_and_encodes_nothing(
     assert picked(out) == first
 
 
+def test_rounds_in_other_folders_may_share_features(
+    photos: Path, tmp_path: Path, monkeypatch
+) -> None:
+    shared = tmp_path / "shared"
+    acquire.run(config_of(photos, features=shared), tmp_path / "one")
+    monkeypatch.delattr(feature_store, "pooled_features")
+    acquire.run(config_of(photos, features=shared, method={"name": "random"}), tmp_path / "two")
+    assert (tmp_path / "two" / "picks.csv").exists()
+    assert not (tmp_path / "one" / "features").exists()
+
+
 def test_near_duplicates_of_labelled_images_and_of_each_other_are_left_out(
     photos: Path, tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ def _picks_for(labels: int) -> int:
 def _acquire(pipeline: Pipeline, folder: Path, count: int, changes: Mapping[str, Any]) -> None:
     config = pipeline.config
     table = {"seed": config.seed, **config.acquire, **pipeline.encoder(), **changes}
-    table |= {"images": config.images, "count": count}
+    table |= {"images": config.images, "count": count, "features": pipeline.folder}
     if pipeline.answers.exists():
         table["labelled"] = [pipeline.answers]
     acquire.run(validate(acquire.Config, table, "auto, [acquire]"), folder)

@@ -57,6 +57,8 @@ class Config(BaseConfig):
     default the model's."""
     image: ImageSpec | None = None
     """What the encoder is shown; by default as in its run."""
+    features: Path | None = None
+    """The folder that features are kept in, where several rounds share them; by default `--out`."""
     model: Path | None = None
     """A captioner's run, for the methods that ask one, and for proposals."""
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "schedule"})
@@ -89,7 +91,8 @@ def run(config: Config, out_dir: Path) -> None:
     images = _read(config)
     with _alone_in(out_dir):
         encoder = open_encoder(source, config.image, seed=config.seed)
-        store = FeatureStore(out_dir, encoder.module, encoder.table, encoder.image)
+        kept = config.features or out_dir
+        store = FeatureStore(kept, encoder.module, encoder.table, encoder.image)
         encoded = store.encode(images.examples)
         speaker = None
         if model is not None:
