@@ -69,15 +69,23 @@ def run(config: Config, out_dir: Path) -> None:
     Of a bundle it writes a run to `out_dir`.
 
     Raises:
-        ConfigError: a captioner of transformers has got no name.
+        ConfigError: a captioner of transformers has got no name, or a bundle a new one.
         CheckpointError: the folder holds no captioner that is supported.
         ParityError: a check failed; nothing is written.
     """
     if (config.folder / MANIFEST_FILE).exists():
+        if config.name is not None or config.registry is not None:
+            raise ConfigError(
+                f"{config.folder} is a bundle already, of which a run is made: leave --name and "
+                "--registry out, or publish it with python -m exports publish"
+            )
         _unpack(Bundle.open(config.folder), out_dir)
         return
     if config.name is None:
-        raise ConfigError("--name is missing: what the bundle shall be called in a registry")
+        raise ConfigError(
+            f"{config.folder} has no {MANIFEST_FILE}, so is no bundle; of a captioner that "
+            "transformers saved --name is missing, what its bundle shall be called"
+        )
     target = out_dir / "bundle"
     check_free(target)
     check_golden(config.golden)

@@ -94,7 +94,7 @@ def varied(captioner: Captioner, seed: int) -> Captioner:
 
 
 def test_what_is_not_the_bundle_s_captioner_is_refused(
-    exported: tuple[Path, Path], tmp_path: Path
+    exported: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = Bundle.open(exported[1])
     provenance, golden = bundle.manifest.provenance, bundle.manifest.golden
@@ -116,7 +116,13 @@ def test_what_is_not_the_bundle_s_captioner_is_refused(
     assert "in product 50, not (64, 1280)" in refused(provenance={"recipe": recipe})
     out = tmp_path / "run"
     shutil.copytree(exported[0], out, ignore=shutil.ignore_patterns("bundle"))
-    assert main(["import", str(exported[1]), "--out", str(out)]) == 1  # a run is there
+    assert main(["import", str(exported[1]), "--out", str(out)]) == 1
+    assert "holds a run; choose another" in capsys.readouterr().err
+    fresh = ["--out", str(tmp_path / "fresh")]
+    assert main(["import", str(exported[1]), "--name", "x", *fresh]) == 1
+    assert "is a bundle already" in capsys.readouterr().err
+    assert main(["import", str(exported[1].parent), *fresh]) == 1
+    assert "has no manifest.json, so is no bundle" in capsys.readouterr().err
 
 
 def test_a_run_learns_on_from_a_bundle_without_saying_how_it_is_built(

@@ -125,9 +125,13 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     comment = path.read_text().split("\n\n")[0]
     stage = comment.split("python -m trainer ")[1].split()[0]
     table = read_recipe(path)
-    if stage == "auto":  # its command names the photographs, and a preset that is not the usual one
+    if stage == "auto":  # its command names the photographs, and a preset that is not a usual one
         table["images"] = Path("photos")
-        assert f"--preset {path}" in comment or path == Path("trainer/recipes/auto.toml")
+        usual = {"auto.toml": "--name mine\n", "auto_from_start.toml": "--start runs/base\n"}
+        assert (
+            usual.get(path.name if path.parent.name == "recipes" else "", f"--preset {path}")
+            in comment
+        )
     else:
         assert f"python -m trainer {stage} {path}" in comment
     validate(variants.load("stages", stage).Config, table, str(path))
